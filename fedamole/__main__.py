@@ -1,0 +1,7 @@
+"""``python -m fedamole``: what torchrun starts on each rank."""
+
+import sys
+
+from fedamole.cli import main
+
+sys.exit(main())

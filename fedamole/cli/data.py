@@ -1,0 +1,93 @@
+"""Commands ``partition`` and ``tokenize``: from a data set to the token ids of every client."""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedamole import stages
+from fedamole.artifacts import Header, sha256, write_record
+from fedamole.config import parse
+from fedamole.errors import FedamoleError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the commands to the command line."""
+    parser = subparsers.add_parser("partition", help="spread a data set over clients")
+    parser.add_argument("--settings", required=True, help="ScenarioStage as JSON")
+    parser.add_argument("--out", required=True, type=Path, help="partition.json to write")
+    parser.set_defaults(command=run_partition)
+
+    parser = subparsers.add_parser("tokenize", help="turn a scenario's texts into token ids")
+    parser.add_argument("--settings", required=True, help="TokensStage as JSON")
+    parser.add_argument("--partition", required=True, type=Path, help="partition.json")
+    parser.add_argument("--backbone", required=True, type=Path, help="folder of the backbone")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.set_defaults(command=run_tokenize)
+
+
+def run_partition(args: argparse.Namespace) -> None:
+    """Spread a data set over clients and write who has which examples."""
+    from fedamole.datasets.loading import load_corpus
+    from fedamole.datasets.splits import make_partition, partition_record
+
+    settings = parse(stages.ScenarioStage, args.settings, "--settings")
+    corpus = load_corpus(settings.scenario.dataset)
+    division = make_partition(corpus, settings.scenario, settings.seed)
+    header = Header("partition", stages.digest(settings))
+    write_record(args.out, header, partition_record(division))
+    logger.info(
+        "partition %s: %d examples of %d classes to clients of %s; dropped rows %s",
+        settings.scenario.slug,
+        len(corpus.examples),
+        len(corpus.classes),
+        division.counts.sum(axis=1).tolist(),
+        corpus.dropped,
+    )
+
+
+def run_tokenize(args: argparse.Namespace) -> None:
+    """Tokenise the examples of every client and write the memory-mapped store."""
+    from fedamole.datasets.loading import load_corpus
+    from fedamole.datasets.splits import check_corpus, read_partition
+    from fedamole.datasets.tokenize import tokenize_scenario
+    from fedamole.datasets.tokens import write_store
+
+    settings = parse(stages.TokensStage, args.settings, "--settings")
+    scenario = settings.scenario.scenario
+    division = read_partition(args.partition, stages.digest(settings.scenario))
+    corpus = load_corpus(scenario.dataset)
+    check_corpus(division, corpus, scenario.dataset.name)
+    tokenizer = _load_tokenizer(args.backbone, settings.backbone.backbone.trust_remote_code)
+    store = tokenize_scenario(corpus, division, scenario, tokenizer)
+    parents = {
+        "partition": sha256(args.partition),
+        "backbone": sha256(args.backbone / "backbone.json"),
+    }
+    write_store(args.out, Header("tokens", stages.digest(settings), parents), store)
+    logger.info(
+        "tokenize %s: %d sequences, %d tokens; per client dropped %s, cut %s",
+        scenario.slug,
+        len(store),
+        len(store.input_ids),
+        store.dropped,
+        store.cut,
+    )
+
+
+def _load_tokenizer(folder: Path, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a prepared backbone."""
+    if not (folder / "backbone.json").is_file():
+        raise FedamoleError(f"{folder}: is not a prepared backbone (it has no backbone.json)")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise FedamoleError(f"{folder}: has no usable tokenizer ({reason})") from error

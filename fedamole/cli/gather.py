@@ -1,0 +1,100 @@
+"""The command that collects a run's small facts: the only interface between training and tables."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedamole.artifacts import Header, canonical, read_record, replacing, sha256
+from fedamole.config import parse
+from fedamole.pools import Assignment
+from fedamole.registry import lookup
+from fedamole.stages import ClientStage, digest
+
+# What of a client's record the tables and figures use; its answers stay with the run.
+CLIENT_FIELDS = (
+    "round",
+    "client",
+    "eval_loss",
+    "score",
+    "num_train",
+    "num_eval",
+    "num_test",
+    "steps",
+    "train_loss_first",
+    "train_loss_last",
+)
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = subparsers.add_parser("gather", help="collect the metrics of a run into one file")
+    parser.add_argument("--settings", required=True, help="JSON of the clients' settings")
+    parser.add_argument("--scenario", required=True, help="name of the scenario with its seed")
+    parser.add_argument("--method", required=True, help="row of the tables")
+    parser.add_argument("--partition", type=Path, required=True)
+    parser.add_argument("--metrics", type=Path, nargs="+", required=True, metavar="FILE")
+    parser.add_argument("--assignments", type=Path, nargs="*", default=[], metavar="FILE")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.set_defaults(command=run_gather)
+
+
+def run_gather(args: argparse.Namespace) -> None:
+    """Write one JSON object a line: the run, its partition, its clients, its assignments."""
+    from fedamole.pool_files import read_assignment
+
+    settings = parse(ClientStage, args.settings, "--settings")
+    stage_digest = digest(settings)
+    clients = [read_record(path, "metrics", stage_digest)[1] for path in args.metrics]
+    partition = read_record(args.partition, "partition", digest(settings.run.tokens.scenario))[1]
+    assignments = [read_assignment(path, digest(settings.run)) for path in args.assignments]
+    parents = {path.name: sha256(path) for path in [args.partition]}
+    header = json.loads(Header("metrics-table", stage_digest, parents).to_json())
+    records = [
+        {"header": header},
+        _run_record(args.scenario, args.method, settings, clients),
+        {"record": "partition", "classes": partition["classes"], "counts": partition["counts"]},
+        *_client_records(clients),
+        *(_assignment_record(assignment) for assignment in assignments),
+    ]
+    with replacing(args.out) as scratch:
+        scratch.write_text("".join(canonical(record) + "\n" for record in records))
+
+
+def _run_record(
+    scenario: str, method: str, settings: ClientStage, clients: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Say what was run."""
+    return {
+        "record": "run",
+        "scenario": scenario,
+        "seed": settings.run.seed,
+        "method": method,
+        "metric": settings.run.scenario.dataset.metric,
+        "clients": settings.run.scenario.clients,
+        "rounds": max(record["round"] for record in clients),
+        "evaluated": lookup(method).evaluated,
+    }
+
+
+def _client_records(clients: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """One record per round and client, in that order."""
+    for record in sorted(clients, key=lambda record: (record["round"], record["client"])):
+        yield {"record": "client", **{field: record[field] for field in CLIENT_FIELDS}}
+
+
+def _assignment_record(assignment: Assignment) -> dict[str, Any]:
+    """Clients that hold each expert, module by module."""
+    holders = [
+        [[int(k) for k in row_K.nonzero()[0]] for row_K in module_EK]
+        for module_EK in assignment.holders_MEK
+    ]
+    return {
+        "record": "assignment",
+        "round": assignment.round,
+        "modules": list(assignment.modules),
+        "num_experts": assignment.holders_MEK.shape[1],
+        "holders": holders,
+        "objective": [float(value) for value in assignment.objective_M],
+    }

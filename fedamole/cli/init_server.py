@@ -1,0 +1,37 @@
+"""The command that starts a federated run: the first pool and the first assignment."""
+
+import argparse
+from pathlib import Path
+
+from fedamole.artifacts import Header, read_record, sha256
+from fedamole.config import parse
+from fedamole.stages import RunStage, digest
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = subparsers.add_parser("init-server", help="make the pool before training")
+    parser.add_argument("--settings", required=True, help="JSON of the run's settings")
+    parser.add_argument("--backbone", type=Path, required=True, help="prepared backbone folder")
+    parser.add_argument("--out-pool", type=Path, required=True)
+    parser.add_argument("--out-assignment", type=Path, required=True)
+    parser.set_defaults(command=run_init_server)
+
+
+def run_init_server(args: argparse.Namespace) -> None:
+    """Write a fresh pool and an assignment for round 1."""
+    from fedamole.methods import load
+    from fedamole.pool_files import write_assignment, write_pool
+    from fedamole.targets import target_modules
+
+    settings = parse(RunStage, args.settings, "--settings")
+    record_path = args.backbone / "backbone.json"
+    facts = read_record(record_path, "backbone", digest(settings.tokens.backbone))[1]
+    modules = target_modules(facts, settings.adapter.target_modules)
+    method = load(settings.run)
+    pool = method.init_pool(settings, modules)
+    assignment = method.assign(settings, pool, 1)
+    header = Header("pool", digest(settings), {"backbone": sha256(record_path)})
+    write_pool(args.out_pool, header, pool)
+    parents = {"pool": sha256(args.out_pool)}
+    write_assignment(args.out_assignment, Header("assignment", digest(settings), parents), assignment)

@@ -1,0 +1,180 @@
+"""The command that shows a pool, an upload or an assignment to people."""
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedamole.errors import FedamoleError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fedamole.artifacts import Header
+    from fedamole.pools import ClientGroup, PoolGroup, Provenance
+
+# M = modules, E = domain experts of one module, K = clients
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the commands."""
+    parser = subparsers.add_parser("pool", help="look into pools, uploads and assignments")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    show = commands.add_parser("show", help="print what a file holds and where it comes from")
+    show.add_argument("file", type=Path, metavar="FILE")
+    show.set_defaults(command=run_show)
+
+
+def run_show(args: argparse.Namespace) -> None:
+    """Print a file in words and tables."""
+    from fedamole.pool_files import read_header
+
+    header = read_header(args.file)
+    kinds: dict[str, Callable[[Path], list[str]]] = {
+        "pool": _pool,
+        "upload": _upload,
+        "assignment": _assignment,
+    }
+    if header.kind not in kinds:
+        raise FedamoleError(f"{args.file}: is a {header.kind} file; allowed: {', '.join(kinds)}")
+    print("\n".join([*_header(header), *kinds[header.kind](args.file)]))
+
+
+def _header(header: "Header") -> list[str]:
+    """Say what the file is."""
+    rows = [("kind", header.kind), ("package", f"fedamole {header.package}")]
+    rows += [("settings", header.digest)]
+    rows += [(f"parent {role}", digest) for role, digest in sorted(header.parents.items())]
+    return table(rows)
+
+
+def _pool(path: Path) -> list[str]:
+    """Describe a pool."""
+    from fedamole.pool_files import read_pool
+
+    pool = read_pool(path)
+    facts = [("round", pool.round), ("experts per module", pool.num_experts)]
+    lines = ["", *table(facts), "", *_tensors(pool.groups)]
+    if pool.provenance is None:
+        return [*lines, "", "Before training: nobody has trained it."]
+    return [*lines, *_provenance(pool.modules, pool.provenance)]
+
+
+def _provenance(modules: Sequence[str], made: "Provenance") -> list[str]:
+    """Describe who trained a pool."""
+    examples = [(f"client {k}", f"{n} examples") for k, n in enumerate(made.num_examples_K)]
+    lines = ["", "Trained by", *table(examples)]
+    if not made.holders_MEK.shape[1]:
+        return lines
+    lines += ["", "Experts per client", *_loads(modules, made.holders_MEK, made.objective_M)]
+    rows = [
+        (module, expert, _trainers(made.holders_MEK[m, expert], made.tokens_MEK[m, expert]))
+        for m, module in enumerate(modules)
+        for expert in range(made.holders_MEK.shape[1])
+    ]
+    title = "Who trained what in this round (client: tokens routed to the expert)"
+    return [*lines, "", title, *table(rows, ("module", "expert", "trained by"))]
+
+
+def _trainers(held_K: "np.ndarray", tokens_K: "np.ndarray") -> str:
+    """List the clients that hold an expert."""
+    return "  ".join(f"{k}: {tokens_K[k]}" for k in held_K.nonzero()[0]) or "nobody"
+
+
+def _upload(path: Path) -> list[str]:
+    """Describe an upload."""
+    from fedamole.pool_files import read_upload
+
+    upload = read_upload(path)
+    facts = [(key, getattr(upload, key)) for key in ("client", "round", "num_examples")]
+    rows = [
+        (group.modules[m], expert, tokens)
+        for name, group in upload.state.groups.items()
+        if name in upload.tokens
+        for m, expert, tokens in zip(
+            group.module_N, group.expert_N, upload.tokens[name], strict=True
+        )
+    ]
+    lines = ["", *table(facts), "", *_tensors(upload.state.groups)]
+    return [*lines, "", *table(rows, ("module", "expert", "tokens"))] if rows else lines
+
+
+def _assignment(path: Path) -> list[str]:
+    """Describe an assignment."""
+    from fedamole.pool_files import read_assignment
+
+    assignment = read_assignment(path)
+    modules, experts, clients = assignment.holders_MEK.shape
+    lines = ["", *table([("for round", assignment.round), ("solver", assignment.solver)])]
+    lines += table([("modules", modules), ("experts", experts), ("clients", clients)])
+    if not experts:
+        return [*lines, "", "Without domain experts: all clients hold the same."]
+    loads = _loads(assignment.modules, assignment.holders_MEK, assignment.objective_M)
+    rows = [
+        (module, *(_indices(assignment.holders_MEK[m, :, k]) for k in range(clients)))
+        for m, module in enumerate(assignment.modules)
+    ]
+    head = ("module", *(f"client {k}" for k in range(clients)))
+    return [*lines, "", "Experts per client", *loads, "", "Who holds what", *table(rows, head)]
+
+
+def _indices(held_E: "np.ndarray") -> str:
+    """List experts by index."""
+    return ",".join(str(expert) for expert in held_E.nonzero()[0])
+
+
+def _loads(
+    modules: Sequence[str], holders_MEK: "np.ndarray", objective_M: "np.ndarray"
+) -> list[str]:
+    """Tabulate how many experts the clients hold per module."""
+    rows = [
+        (module, load_K.min(), f"{load_K.mean():.2f}", load_K.max(), f"{objective:.6f}")
+        for module, load_K, objective in zip(
+            modules, holders_MEK.sum(axis=1), objective_M, strict=True
+        )
+    ]
+    return table(rows, ("module", "min", "mean", "max", "objective"))
+
+
+def _tensors(groups: "Mapping[str, PoolGroup] | Mapping[str, ClientGroup]") -> list[str]:
+    """Tabulate the tensors of all groups with shape, dtype and size."""
+    if not groups:
+        return ["No tensors: nothing is trained."]
+    rows = [
+        (name, f"{part}/{key}", _shape(array), _dtype(array), f"{array.nbytes / 2**20:.3f}")
+        for name, group in groups.items()
+        for part in ("experts", "shared")
+        for key, array in getattr(group, part).items()
+    ]
+    return table(rows, ("group", "tensor", "shape", "dtype", "MiB"))
+
+
+def _shape(array: "np.ndarray") -> str:
+    """Write a shape as 2 x 3."""
+    return " x ".join(map(str, array.shape))
+
+
+def _dtype(array: "np.ndarray") -> str:
+    """Name a dtype, bfloat16 included."""
+    return (array.dtype.names or (array.dtype.name,))[0]
+
+
+def table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> list[str]:
+    """Align rows in columns, numbers to the right, under a ruled head if there is one."""
+    body = [[str(cell) for cell in row] for row in rows]
+    lines = [list(head), *body] if head else body
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    numeric = [all(map(_is_number, column)) for column in zip(*body, strict=True)]
+    text = [
+        "  ".join(
+            cell.rjust(width) if right and head else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+    return [text[0], "  ".join("-" * width for width in widths), *text[1:]] if head else text
+
+
+def _is_number(cell: str) -> bool:
+    """Whether a cell is to be aligned to the right."""
+    return cell.replace(".", "", 1).isdigit()

@@ -1,0 +1,72 @@
+"""The commands of the server between two rounds: aggregate and assign."""
+
+import argparse
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedamole.artifacts import Header, sha256
+from fedamole.config import parse
+from fedamole.stages import RunStage, digest
+
+if TYPE_CHECKING:
+    from fedamole.pools import Upload
+
+logger = logging.getLogger(__name__)
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the commands."""
+    aggregate = subparsers.add_parser("aggregate", help="average what the clients uploaded")
+    aggregate.add_argument("--settings", required=True, help="JSON of the stage's settings")
+    aggregate.add_argument("--pool", type=Path, required=True, help="pool of the round before")
+    aggregate.add_argument("--assignment", type=Path, required=True, help="who held what")
+    aggregate.add_argument("--uploads", type=Path, nargs="+", required=True, metavar="FILE")
+    aggregate.add_argument("--out-pool", type=Path, required=True, metavar="FILE")
+    aggregate.set_defaults(command=run_aggregate)
+    assign = subparsers.add_parser("assign", help="choose who holds which experts next")
+    assign.add_argument("--settings", required=True, help="JSON of the stage's settings")
+    assign.add_argument("--pool", type=Path, required=True, help="pool to hand out")
+    assign.add_argument("--out-assignment", type=Path, required=True, metavar="FILE")
+    assign.set_defaults(command=run_assign)
+
+
+def run_aggregate(args: argparse.Namespace) -> None:
+    """Average the uploads into the next pool, in the order they are given."""
+    from fedamole.methods import load
+    from fedamole.pool_files import read_assignment, read_pool, write_pool
+
+    settings = parse(RunStage, args.settings, "--settings")
+    run_digest = digest(settings)
+    previous = read_pool(args.pool, run_digest)
+    assignment = read_assignment(args.assignment, run_digest)
+    uploads = _uploads(args.uploads, run_digest)
+    pool = load(settings.run).aggregate(settings, previous, assignment, uploads)
+    parents = {"pool": sha256(args.pool), "assignment": sha256(args.assignment)}
+    parents |= {f"upload_{i:04}": sha256(path) for i, path in enumerate(args.uploads)}
+    write_pool(args.out_pool, Header("pool", run_digest, parents), pool)
+    logger.info("round %d: %d uploads averaged", pool.round, len(args.uploads))
+
+
+def _uploads(paths: list[Path], run_digest: str) -> "Iterator[Upload]":
+    """Read one upload after another, so that one is in memory at a time."""
+    from fedamole.pool_files import read_upload
+
+    for path in paths:
+        yield read_upload(path, run_digest)
+
+
+def run_assign(args: argparse.Namespace) -> None:
+    """Choose who holds which experts in the round after that of the pool."""
+    from fedamole.methods import load
+    from fedamole.pool_files import read_pool, write_assignment
+
+    settings = parse(RunStage, args.settings, "--settings")
+    run_digest = digest(settings)
+    pool = read_pool(args.pool, run_digest)
+    assignment = load(settings.run).assign(settings, pool, pool.round + 1)
+    header = Header("assignment", run_digest, {"pool": sha256(args.pool)})
+    write_assignment(args.out_assignment, header, assignment)
+    objective = assignment.objective_M.sum()
+    logger.info("round %d: assigned, objective %.6f", assignment.round, objective)

@@ -1,0 +1,259 @@
+"""One client's work in one round: train, test the personalised model, embed, report."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fedamole.adapters import extract_state, insert_adapters, remove_adapters
+from fedamole.backbone import load_backbone, load_tokenizer
+from fedamole.batches import Batch, collate, stream_of_examples
+from fedamole.datasets.tokens import TokenStore
+from fedamole.embeddings import Embedded, embed_client
+from fedamole.evaluation import Score, accuracy, evaluation_loss, rouge_of_answers
+from fedamole.partition import ClientSplit
+from fedamole.pools import ClientState, Upload
+from fedamole.stages import ClientStage
+from fedamole.training import (
+    LocalTraining,
+    ScoredModel,
+    TrainingRecord,
+    engine_for,
+    learning_rate,
+    steps_per_round,
+    train,
+    trained_tensors,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ClientSession:
+    """What the clients of one job share: backbone, tokenizer, data, settings.
+
+    Attributes
+    ----------
+    settings
+        Of the run and the evaluation.
+    folder
+        The prepared backbone.
+    store
+        Tokens of the scenario.
+    device
+        Of this rank.
+    """
+
+    settings: ClientStage
+    folder: Path
+    store: TokenStore
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
+            self.folder, self.settings.run.backbone
+        )
+        self._backbone: PreTrainedModel | None = None
+
+    @contextlib.contextmanager
+    def personalised(self, state: ClientState) -> Iterator[nn.Module]:
+        """Give the backbone with a client's adapters; take them out again at the end."""
+        if self._backbone is None:
+            self._backbone = load_backbone(self.folder, self.settings.run.backbone)
+            self._backbone.to(self.device)
+        model = insert_adapters(self._backbone, state, self.settings.run.adapter)
+        try:
+            yield model.to(self.device)
+        finally:
+            remove_adapters(model)
+            if self.settings.run.training.zero_stage == 3:
+                # ZeRO-3 has cut the backbone's own tensors into slices.
+                self._backbone = None
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """Metrics of one client in one round.
+
+    Attributes
+    ----------
+    eval_loss
+        Mean token loss on the evaluation set, in nats.
+    score
+        On the test set.
+    num_train, num_eval, num_test
+        Examples of each set.
+    training
+        None if nothing was trained.
+    """
+
+    eval_loss: float
+    score: Score
+    num_train: int
+    num_eval: int
+    num_test: int
+    training: TrainingRecord | None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Content of the metrics file: no times, so that equal runs give equal bytes."""
+        trained = self.training
+        return {
+            "eval_loss": self.eval_loss,
+            "score": self.score.value,
+            "answers": self.score.answers,
+            "num_train": self.num_train,
+            "num_eval": self.num_eval,
+            "num_test": self.num_test,
+            "steps": trained.steps if trained else None,
+            "train_loss_first": trained.loss_first if trained else None,
+            "train_loss_last": trained.loss_last if trained else None,
+        }
+
+
+def train_client(
+    session: ClientSession, client: int, round_: int, state: ClientState
+) -> tuple[Upload, ClientReport]:
+    """Train a client's adapters, test the result and embed the client's data.
+
+    Parameters
+    ----------
+    session
+        Backbone, data and settings.
+    client
+        Index of the client.
+    round_
+        Round, from 1.
+    state
+        What the client got from the server.
+    """
+    settings = session.settings.run.training
+    rows = session.store.clients[client]
+    train_rows = training_rows(rows, state)
+    steps = _micro_batches(session, client, round_, train_rows)
+    with session.personalised(state) as model:
+        scored = ScoredModel(model, session.settings.run.adapter.balance_weight)
+        with engine_for(scored, settings, learning_rate(settings, round_)) as engine:
+            place = LocalTraining(session.settings.run.seed, round_, client)
+            record = train(engine, steps, place, settings, session.device)
+            trained = extract_state(trained_tensors(engine, settings.zero_stage), state)
+            scored.eval()
+            report = _test(session, client, scored, record, len(train_rows))
+            embedded = _embed(session, rows, scored, trained)
+    logger.info(
+        "round %d client %d: %d steps, %.2f steps/s, loss %.4f -> %.4f, eval loss %.4f, score %.4f",
+        round_,
+        client,
+        record.steps,
+        record.steps / record.seconds,
+        record.loss_first,
+        record.loss_last,
+        report.eval_loss,
+        report.score.value,
+    )
+    upload = Upload(
+        client=client,
+        round=round_,
+        state=trained,
+        num_examples=len(train_rows),
+        client_embeddings_MR=embedded.client_MR,
+        expert_embeddings=embedded.experts,
+        tokens=_tokens_by_group(record, trained),
+    )
+    return upload, report
+
+
+def evaluate_client(
+    session: ClientSession, client: int, round_: int, state: ClientState
+) -> ClientReport:
+    """Test a model on a client's data without training it; see :func:`train_client`."""
+    with session.personalised(state) as model:
+        scored = ScoredModel(model, balance_weight=0.0).eval()
+        num_train = len(training_rows(session.store.clients[client], state))
+        report = _test(session, client, scored, None, num_train)
+    logger.info(
+        "round %d client %d: eval loss %.4f, score %.4f",
+        round_,
+        client,
+        report.eval_loss,
+        report.score.value,
+    )
+    return report
+
+
+def training_rows(rows: ClientSplit, state: ClientState) -> np.ndarray:
+    """Rows to train on: without domain experts nothing is embedded, so that set trains as well."""
+    if any(group.experts for group in state.groups.values()):
+        return rows.train
+    return np.concatenate([rows.train, rows.embedding])
+
+
+def _micro_batches(
+    session: ClientSession, client: int, round_: int, rows: np.ndarray
+) -> list[list[Batch]]:
+    """Cut the client's part of the example stream for this round into steps and passes."""
+    settings, store = session.settings.run.training, session.store
+    steps = steps_per_round(settings, len(rows))
+    per_step, per_pass = settings.batch_size, settings.sequences_per_pass
+    order = rows[
+        stream_of_examples(
+            len(rows),
+            (round_ - 1) * steps * per_step,
+            round_ * steps * per_step,
+            session.settings.run.seed,
+            client,
+        )
+    ]
+
+    def batch(chosen: np.ndarray) -> Batch:
+        prompts = [store.prompt_length(row) for row in chosen]
+        return collate([store.ids(row) for row in chosen], prompts, store.pad_id)
+
+    passes = [batch(order[at : at + per_pass]) for at in range(0, len(order), per_pass)]
+    passes_per_step = per_step // per_pass
+    return [passes[at : at + passes_per_step] for at in range(0, len(passes), passes_per_step)]
+
+
+def _test(
+    session: ClientSession,
+    client: int,
+    scored: ScoredModel,
+    training: TrainingRecord | None,
+    num_train: int,
+) -> ClientReport:
+    """Measure evaluation loss and score."""
+    rows, store, device = session.store.clients[client], session.store, session.device
+    settings = session.settings.evaluation
+    loss = evaluation_loss(scored, store, rows.eval, settings.batch_size, device)
+    if session.settings.run.scenario.dataset.task == "classification":
+        score = accuracy(scored, store, rows.test, settings.batch_size, device)
+    else:
+        model, tokenizer = scored.model, session.tokenizer
+        score = rouge_of_answers(model, tokenizer, store, rows.test, settings, device)
+    return ClientReport(loss, score, num_train, len(rows.eval), len(rows.test), training)
+
+
+def _embed(
+    session: ClientSession, rows: ClientSplit, scored: ScoredModel, trained: ClientState
+) -> Embedded:
+    """Embed the client's embedding set; nothing without domain experts."""
+    if not any(group.experts for group in trained.groups.values()):
+        return Embedded.nothing()
+    batch_size = session.settings.evaluation.batch_size
+    store, device = session.store, session.device
+    return embed_client(scored, store, rows.embedding, trained, batch_size, device)
+
+
+def _tokens_by_group(record: TrainingRecord, state: ClientState) -> dict[str, np.ndarray]:
+    """Tokens routed to each expert row of the state during training, (N,) int64 by group."""
+    return {
+        name: np.concatenate([record.routed_tokens[module] for module in group.modules])
+        for name, group in state.groups.items()
+        if group.experts
+    }

@@ -1,0 +1,217 @@
+"""A config file: a whole study, validated before anything runs, and its parts by name (torch-free)."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from fedamole.errors import FedamoleError
+from fedamole.registry import lookup
+from fedamole.settings import (
+    AdapterSettings,
+    AggregationSettings,
+    AssignmentSettings,
+    BackboneSettings,
+    EvaluationSettings,
+    ExecutionSettings,
+    ScenarioSettings,
+    Section,
+    TablesSettings,
+    TrainingSettings,
+)
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+class Config(Section):
+    """A whole study: scenarios x seeds x methods over one backbone."""
+
+    results: str = Field(default="results", min_length=1)
+    """Folder for everything that is produced."""
+    seeds: list[int] = Field(default=[42], min_length=1)
+    """Root seeds; each gives its own split, pool and training order."""
+    rounds: int = Field(default=30, ge=1)
+    """Federated rounds R."""
+    backbone: BackboneSettings
+    """The language model: a name (configs/models), the path of a YAML file, or the section itself."""
+    scenarios: list[ScenarioSettings] = Field(min_length=1)
+    """The federated populations."""
+    methods: list[str] = Field(min_length=1)
+    """Rows of the tables."""
+    adapter: AdapterSettings = AdapterSettings()
+    """The trainable part."""
+    assignment: AssignmentSettings = AssignmentSettings()
+    """Who holds which experts."""
+    aggregation: AggregationSettings = AggregationSettings()
+    """How the server averages."""
+    training: TrainingSettings = TrainingSettings()
+    """Local training."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """Testing."""
+    tables: TablesSettings = TablesSettings()
+    """Tables and figures."""
+    execution: ExecutionSettings = ExecutionSettings()
+    """Jobs."""
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> "Config":
+        lists: dict[str, list[Any]] = {
+            "scenario": [scenario.slug for scenario in self.scenarios],
+            "method": self.methods,
+            "seed": self.seeds,
+        }
+        for what, names in lists.items():
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{what} {twice[0]!r} stands twice; each needs a name of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _methods_can_run(self) -> "Config":
+        try:
+            rows = [lookup(method) for method in self.methods]
+        except FedamoleError as error:
+            raise ValueError(str(error)) from error
+        if any(row.assigns for row in rows):
+            for scenario in self.scenarios:
+                failing = self.assignment.infeasibility(scenario.clients, self.adapter.top_k)
+                if failing:
+                    raise ValueError(
+                        f"no assignment exists for scenario {scenario.slug}: "
+                        f"{failing} does not hold"
+                    )
+        return self
+
+    def scenario_seeds(self) -> dict[str, tuple[ScenarioSettings, int]]:
+        """Map the slug of every (scenario, seed) to both, in config order."""
+        return {
+            f"{scenario.slug}-s{seed}": (scenario, seed)
+            for scenario in self.scenarios
+            for seed in self.seeds
+        }
+
+    def runs(self) -> list[str]:
+        """Federated runs that the methods need, each once, in config order."""
+        return list(dict.fromkeys(lookup(method).run for method in self.methods))
+
+
+def load_config(raw: Mapping[str, Any], library: Path, origin: str = "config") -> Config:
+    """Validate a config and put the files it names in their places.
+
+    Parameters
+    ----------
+    raw
+        The parsed YAML.
+    library
+        Folder with ``datasets/``, ``models/`` and ``deepspeed/``, where names are looked up.
+    origin
+        What to call the config in an error.
+
+    Raises
+    ------
+    FedamoleError
+        In one line per mistake: the setting, its value, and what is allowed.
+    """
+    data = json.loads(json.dumps(raw))
+    data["backbone"] = _named(data.get("backbone"), library / "models", "backbone", origin)
+    for scenario in data.get("scenarios") or []:
+        if isinstance(scenario, dict):
+            where = f"scenarios: dataset of {scenario.get('name') or scenario.get('partition')}"
+            scenario["dataset"] = _named(
+                scenario.get("dataset"), library / "datasets", where, origin
+            )
+    training = data.get("training")
+    if isinstance(training, dict) and "deepspeed" in training:
+        training["deepspeed"] = _named(
+            training["deepspeed"], library / "deepspeed", "training: deepspeed", origin
+        )
+    return parse(Config, data, origin)
+
+
+def parse(section: type[SectionT], data: Any, origin: str) -> SectionT:
+    """Validate data (a mapping, or its JSON text) as a section.
+
+    Raises
+    ------
+    FedamoleError
+        See :func:`load_config`.
+    """
+    try:
+        if isinstance(data, str):
+            return section.model_validate_json(data)
+        return section.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(section, item) for item in error.errors()]
+        raise FedamoleError("\n".join(f"{origin}: {line}" for line in lines)) from error
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML or JSON file.
+
+    Raises
+    ------
+    FedamoleError
+        If it is missing or not valid YAML; with file and line.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FedamoleError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise FedamoleError(f"{path}{line}: is not valid YAML ({problem})") from error
+
+
+def _named(value: Any, folder: Path, what: str, origin: str) -> Any:
+    """Replace a name or path by the content of the file it stands for."""
+    if not isinstance(value, str):
+        return value
+    is_path = "/" in value or value.endswith((".yaml", ".yml", ".json"))
+    candidates = [Path(value)] if is_path else sorted(folder.glob(f"{value}.*"))
+    if not candidates or not candidates[0].is_file():
+        known = sorted(path.stem for path in folder.glob("*.*"))
+        raise FedamoleError(
+            f"{origin}: {what} {value!r} is unknown; allowed: {', '.join(known)}, "
+            "the path of a file, or the section itself"
+        )
+    return read_yaml(candidates[0])
+
+
+def _explain(section: type[Section], error: Any) -> str:
+    """Say one pydantic error the way a person would."""
+    where = ": ".join(
+        f"item {part + 1}" if isinstance(part, int) else str(part) for part in error["loc"]
+    )
+    value = error["input"]
+    if error["type"] == "extra_forbidden":
+        names = _fields_at(section, error["loc"][:-1])
+        close = difflib.get_close_matches(str(error["loc"][-1]), names, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{where}: is not a setting (value {value!r}); {hint}allowed: {', '.join(names)}"
+    if error["type"] == "missing":
+        return f"{where}: is missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: {value!r} is not allowed; {message[0].lower()}{message[1:]}"
+
+
+def _fields_at(section: Any, location: tuple[str | int, ...]) -> list[str]:
+    """Names of the fields of the section at a location of an error."""
+    for part in location:
+        if isinstance(part, str) and part in section.model_fields:
+            section = _section_in(section.model_fields[part].annotation)
+    return sorted(section.model_fields)
+
+
+def _section_in(annotation: Any) -> Any:
+    """Find the section class inside an annotation such as ``list[S]``, ``S | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    inner = (_section_in(part) for part in getattr(annotation, "__args__", ()))
+    return next((section for section in inner if section is not None), None)

@@ -1,0 +1,218 @@
+"""Rows of local files in any format, each with the place where it stands."""
+
+import contextlib
+import csv
+import gzip
+import importlib.util
+import io
+import json
+import math
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fedamole.errors import FedamoleError
+from fedamole.settings import SourceSettings
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record of a data set.
+
+    Attributes
+    ----------
+    values
+        Value by column name.
+    where
+        File and line, for errors.
+    """
+
+    values: Mapping[str, Any]
+    where: str
+
+    def text(self, column: str) -> str:
+        """Give the value of a column as text; nothing (null) is the empty text.
+
+        Raises
+        ------
+        FedamoleError
+            If there is no such column, or it holds a list or a mapping.
+        """
+        if column not in self.values:
+            raise FedamoleError(
+                f"{self.where}: has no field {column!r}; its fields are {sorted(self.values)}"
+            )
+        value = self.values[column]
+        if isinstance(value, str):
+            return value
+        if value is None:
+            return ""
+        if isinstance(value, bool):
+            return "true" if value else "false"
+        if isinstance(value, float) and value.is_integer():
+            return str(int(value))
+        if isinstance(value, int | float):
+            return "" if math.isnan(value) else str(value)
+        raise FedamoleError(
+            f"{self.where}: field {column!r} holds a {type(value).__name__}; a text or a number is "
+            "needed"
+        )
+
+
+def find_files(source: SourceSettings) -> list[Path]:
+    """Find the files of a source: pattern after pattern, sorted within each, none twice.
+
+    Raises
+    ------
+    FedamoleError
+        If a file is missing, or nothing matches a pattern.
+    """
+    root = package_folder(source.package) if source.package else Path()
+    found: dict[Path, None] = {}
+    for pattern in source.files:
+        matches = _matches(root, pattern)
+        if not matches:
+            raise FedamoleError(f"{root / pattern}: no such data file, seen from {Path.cwd()}")
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def package_folder(package: str) -> Path:
+    """Find the folder of an installed Python package without importing it.
+
+    Raises
+    ------
+    FedamoleError
+        If it is not installed; says what to type.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise FedamoleError(
+            f"the Python package {package!r} is not installed; "
+            f"try: pip install {package.replace('_', '-')}"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _matches(root: Path, pattern: str) -> list[Path]:
+    """Find the paths that a file name or glob pattern stands for."""
+    path = root / pattern
+    if path.exists():
+        return [path]
+    if Path(pattern).is_absolute():
+        root, pattern = Path(path.anchor), str(path.relative_to(path.anchor))
+    return sorted(root.glob(pattern))
+
+
+def record_rows(path: Path) -> Iterator[Row]:
+    """Read a file with one object per row; its format follows from the suffix."""
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix not in _FORMATS:
+        raise FedamoleError(
+            f"{path}: has an unknown format {suffix!r}; allowed: {', '.join(_FORMATS)}, "
+            "also with .gz"
+        )
+    with opened(path) as file:
+        yield from _FORMATS[suffix](file, path)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a plain or gzip file; what goes wrong while it is read is an error with its name."""
+    try:
+        with path.open("rb") as file:
+            yield gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file  # type: ignore[misc]
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise FedamoleError(f"{path}: is not a whole gzip file ({error})") from error
+    except OSError as error:
+        raise FedamoleError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _json_lines(file: BinaryIO, path: Path) -> Iterator[Row]:
+    """Read one JSON object a line; blank lines are skipped."""
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            yield object_row(load_json(line.rstrip(), path, number), f"{path}:{number}")
+
+
+def _json_array(file: BinaryIO, path: Path) -> Iterator[Row]:
+    """Read a JSON array of objects; a file that is none is read as JSON lines."""
+    data = file.read()
+    if not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from _json_lines(io.BytesIO(data), path)
+        return
+    # The strict parse comes first: it names the line of a mistake. The walk finds the items' lines.
+    load_json(data, path)
+    text, decoder = data.decode("utf-8-sig"), json.JSONDecoder()
+    position, line, counted = text.index("[") + 1, 1, 0
+    while item := re.compile(r"[\s,]*([^\s,\]])").match(text, position):
+        line += text.count("\n", counted, item.start(1))
+        counted = item.start(1)
+        value, position = decoder.raw_decode(text, counted)
+        yield object_row(value, f"{path}:{line}")
+
+
+def load_json(data: bytes, path: Path, line: int = 1) -> Any:
+    """Parse JSON that begins on a line of a file."""
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line += data.count(b"\n", 0, error.start)
+        raise FedamoleError(f"{path}:{line}: is not UTF-8 text ({error.reason})") from error
+    except json.JSONDecodeError as error:
+        line += error.lineno - 1
+        raise FedamoleError(
+            f"{path}:{line}: is not valid JSON ({error.msg}, column {error.colno})"
+        ) from error
+
+
+def object_row(value: Any, where: str) -> Row:
+    """Make a row of a parsed JSON value."""
+    if not isinstance(value, dict):
+        raise FedamoleError(
+            f"{where}: holds a {type(value).__name__}; an object with named fields is needed"
+        )
+    return Row(value, where)
+
+
+def _csv_rows(file: BinaryIO, path: Path) -> Iterator[Row]:
+    """Read comma-separated values under a header line."""
+    reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+    line = 1
+    try:
+        header = next(reader, [])
+        line = reader.line_num + 1
+        for values in reader:
+            if values and len(values) != len(header):
+                raise FedamoleError(
+                    f"{path}:{line}: has {len(values)} fields; the header has {len(header)}"
+                )
+            if values:
+                yield Row(dict(zip(header, values, strict=True)), f"{path}:{line}")
+            line = reader.line_num + 1
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise FedamoleError(f"{path}:{line}: is not valid CSV ({error})") from error
+
+
+def _parquet_rows(file: BinaryIO, path: Path) -> Iterator[Row]:
+    """Read a Parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read()))
+    except pyarrow.ArrowException as error:
+        raise FedamoleError(f"{path}: is not a whole Parquet file ({error})") from error
+    for number, values in enumerate(table.to_pylist(), start=1):
+        yield Row(values, f"{path}: row {number}")
+
+
+_FORMATS: dict[str, Callable[[BinaryIO, Path], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json_array,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}

@@ -1,0 +1,119 @@
+"""A data set as prompts, answers and classes, ready to be spread over clients."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from fedamole.datasets.sources import read_rows
+from fedamole.datasets.templates import find_label, render_prompt, render_response
+from fedamole.errors import FedamoleError
+from fedamole.settings import DatasetSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One prompt with its answer.
+
+    Attributes
+    ----------
+    prompt
+        What the model reads.
+    response
+        What it should answer, without the end-of-sequence token.
+    category
+        Class for the partition, a position in ``Corpus.classes``.
+    label
+        Class of the answer, a position in ``DatasetSettings.answers``; -1 for generation.
+    """
+
+    prompt: str
+    response: str
+    category: int
+    label: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All usable examples of a data set; the position of an example is its id.
+
+    Attributes
+    ----------
+    examples
+        The N examples in the order of the source.
+    classes
+        Names of the C classes of the partition: answers in the order of the settings, or the
+        categories in sorted order.
+    dropped
+        Rows that were left out, by reason: ``no_label``, ``no_response``, ``duplicate``.
+    """
+
+    examples: tuple[Example, ...]
+    classes: tuple[str, ...]
+    dropped: dict[str, int]
+
+    @property
+    def categories(self) -> np.ndarray:
+        """Class of each example, (N,) int64."""
+        return np.array([example.category for example in self.examples], dtype=np.int64)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all examples: equal if and only if every id means the same example."""
+        content = hashlib.sha256()
+        for example in self.examples:
+            fields = (example.prompt, example.response, example.category, example.label)
+            content.update(repr(fields).encode())
+        return content.hexdigest()
+
+
+def load_corpus(settings: DatasetSettings) -> Corpus:
+    """Read a data set and render its prompts and answers.
+
+    Rows without a valid label or category, without an answer, and (if asked for) duplicates are
+    dropped and counted.
+
+    Raises
+    ------
+    FedamoleError
+        If a file is missing or broken, a field is missing, a label is out of range, or no row is
+        left.
+    """
+    dropped = {"no_label": 0, "no_response": 0, "duplicate": 0}
+    found = list(_usable(settings, dropped))
+    if not found:
+        raise FedamoleError(f"data set {settings.name}: no row is left (dropped: {dropped})")
+    if settings.category:
+        classes = sorted({category for _, _, category, _ in found})
+    else:
+        classes = list(settings.answers)
+    position = {name: number for number, name in enumerate(classes)}
+    examples = tuple(
+        Example(prompt, response, position[category], label)
+        for prompt, response, category, label in found
+    )
+    names = classes if settings.category else list(settings.answers.values())
+    return Corpus(examples, tuple(names), dropped)
+
+
+def _usable(
+    settings: DatasetSettings, dropped: dict[str, int]
+) -> Iterator[tuple[str, str, str, int]]:
+    """Give prompt, response, category name and label of the rows that stay; count the others."""
+    seen: set[tuple[str, str]] = set()
+    for row in read_rows(settings.source):
+        label = find_label(row, settings) if settings.label else None
+        category = row.text(settings.category or settings.label or "")
+        if (settings.label and label is None) or category in settings.no_label:
+            dropped["no_label"] += 1
+            continue
+        prompt, response = render_prompt(row, settings), render_response(row, label, settings)
+        if not response.strip():
+            dropped["no_response"] += 1
+        elif settings.drop_duplicates and (prompt, response) in seen:
+            dropped["duplicate"] += 1
+        else:
+            seen.add((prompt, response))
+            yield prompt, response, category, -1 if label is None else label

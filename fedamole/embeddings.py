@@ -1,0 +1,84 @@
+"""What a client tells the server about its data: mean embeddings, one per module and held expert."""
+
+# Axes: M = modules, N = expert rows of a group, R = rank, D = d_in
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedamole.batches import collate
+from fedamole.datasets.tokens import TokenStore
+from fedamole.hmole_peft import collecting_embeddings
+from fedamole.pools import ClientState
+from fedamole.training import ScoredModel
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Mean embeddings of a client.
+
+    Attributes
+    ----------
+    client_MR
+        Mean of P x per module, float32, modules in the order of the state.
+    experts
+        By group: (N, R) mean of A_i x per held expert, float32, rows as in the state.
+    """
+
+    client_MR: np.ndarray
+    experts: dict[str, np.ndarray]
+
+    @staticmethod
+    def nothing() -> "Embedded":
+        """Embeddings of a method without domain experts."""
+        return Embedded(np.zeros((0, 0), dtype=np.float32), {})
+
+
+@torch.no_grad()
+def embed_client(
+    scored: ScoredModel,
+    store: TokenStore,
+    rows: np.ndarray,
+    state: ClientState,
+    batch_size: int,
+    device: torch.device,
+) -> Embedded:
+    """Average the embeddings of all tokens of the embedding set (algorithm section 2).
+
+    The layers only collect the mean of x: mean(P x) = P mean(x). Every rank runs the whole set, so
+    that each sums in the same order.
+
+    Parameters
+    ----------
+    scored
+        The trained model.
+    store
+        Tokens of the scenario.
+    rows
+        (N,) rows of the embedding set.
+    state
+        The trained tensors; under ZeRO-3 those in the model are slices.
+    batch_size
+        Sequences per forward pass.
+    device
+        Where to compute.
+    """
+    with collecting_embeddings(scored) as layers:
+        for start in range(0, len(rows), batch_size):
+            sequences = [store.ids(row) for row in rows[start : start + batch_size]]
+            batch = collate(sequences, [0] * len(sequences), store.pad_id).to(device)
+            # The head is of no use here: one position is the least it can be asked for.
+            scored.model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                logits_to_keep=1,
+                use_cache=False,
+            )
+    clients, experts = [], {}
+    for name, group in state.groups.items():
+        means_MD = np.stack([layers[module].input_mean().cpu().numpy() for module in group.modules])
+        clients.append(np.einsum("mrd,md->mr", group.shared["token_proj"], means_MD))
+        experts_NR = np.einsum("nrd,nd->nr", group.experts["lora_A"], means_MD[group.module_N])
+        experts[name] = experts_NR.astype(np.float32)
+    return Embedded(np.concatenate(clients).astype(np.float32), experts)

@@ -1,0 +1,208 @@
+"""Named arrays in an HDF5 file: whole or absent, equal content -> equal bytes. Torch-free.
+
+No compression, no pickle, no time stamps. What the arrays mean is in :mod:`fedamole.pool_files`.
+"""
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from h5py import h5s, h5t
+
+from fedamole.artifacts import Header, replacing
+from fedamole.errors import FedamoleError
+from fedamole.pools import BFLOAT16
+
+# Fixed versions of the format: the bytes do not depend on the HDF5 library that h5py brings along.
+LIBVER = ("v110", "v110")
+
+
+def _bfloat16_type() -> h5t.TypeFloatID:
+    """Describe bfloat16 to HDF5, so that any tool reads it: 8 exponent and 7 mantissa bits."""
+    kind = h5t.IEEE_F16LE.copy()
+    kind.set_fields(15, 7, 8, 0, 7)
+    kind.set_ebias(127)
+    return kind
+
+
+class _DeferredErrors(io.RawIOBase):
+    """A file that takes every write, and raises the first error at the end.
+
+    HDF5 2.0 cannot close a file that it cannot write: after a full disk, Python crashes with a
+    segmentation fault. Here HDF5 closes in peace, and then the error is raised.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w+b", buffering=0)
+        self._error: OSError | None = None
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Move; the methods are those of :class:`io.RawIOBase`."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Give the position."""
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what HDF5 wrote before."""
+        return self._file.readinto(buffer) or 0
+
+    def write(self, data: Any) -> int:
+        """Write all of the data, or nothing more after an error."""
+        rest = memoryview(data).cast("B")
+        try:
+            while rest and not self._error:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self._error = error
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the length."""
+        try:
+            self._file.truncate(size)
+        except OSError as error:
+            self._error = self._error or error
+        return size or 0
+
+    def finish(self) -> None:
+        """Close, and raise the first error."""
+        self._file.close()
+        if self._error:
+            raise self._error
+
+
+def write_arrays(
+    path: Path, header: Header, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> None:
+    """Write a file.
+
+    Parameters
+    ----------
+    path
+        The file; what stood there stays until the new one is whole.
+    header
+        What the file says of itself.
+    facts
+        Small values, kept as JSON.
+    arrays
+        Path inside the file -> values. Any dtype of NumPy, and BFLOAT16.
+
+    Raises
+    ------
+    FedamoleError
+        If there is no space left or the folder cannot be written.
+    """
+    with replacing(path) as scratch:
+        target = _DeferredErrors(scratch)
+        try:
+            with h5py.File(target, "w", libver=LIBVER) as file:
+                file.attrs["header"] = header.to_json()
+                file.attrs["facts"] = json.dumps(facts)
+                for name in sorted(arrays):
+                    _write_array(file, name, arrays[name])
+        finally:
+            target.finish()
+
+
+def _write_array(file: h5py.File, name: str, array: np.ndarray) -> None:
+    """Write one array, contiguous, in its own dtype."""
+    if array.dtype != BFLOAT16:
+        file.create_dataset(name, data=array, track_times=False)
+        return
+    kind = _bfloat16_type()
+    dataset = file.create_dataset(
+        name, shape=array.shape, dtype=h5py.Datatype(kind), track_times=False
+    )
+    dataset.id.write(h5s.ALL, h5s.ALL, np.ascontiguousarray(array), mtype=kind)
+
+
+@contextlib.contextmanager
+def opened(
+    path: Path, kind: str | None, digest: str | None
+) -> Iterator[tuple[h5py.File, dict[str, Any]]]:
+    """Open one of fedamole's files for reading.
+
+    Parameters
+    ----------
+    path
+        The file.
+    kind, digest
+        What its header must say; None accepts all.
+
+    Yields
+    ------
+    tuple
+        The open file and its facts.
+
+    Raises
+    ------
+    FedamoleError
+        If it is missing, broken, foreign, of another kind or of another config; also where the
+        block finds that something is missing.
+    """
+    try:
+        with path.open("rb"):
+            pass
+        if not h5py.is_hdf5(path):
+            raise FedamoleError(f"{path}: is not an HDF5 file, or only the start of one")
+        # NFS and Lustre refuse locks; files are replaced, never changed, so that none is needed.
+        with h5py.File(path, "r", locking=False) as file:
+            if "header" not in file.attrs or "facts" not in file.attrs:
+                raise FedamoleError(f"{path}: is not a file of fedamole (it has no header)")
+            header = Header.from_mapping(json.loads(file.attrs["header"]), path)
+            header.check(path, kind or header.kind, digest)
+            yield file, json.loads(file.attrs["facts"])
+    except OSError as error:
+        reason = error.strerror if error.errno else "it is truncated or damaged"
+        raise FedamoleError(f"{path}: cannot be read ({reason})") from error
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise FedamoleError(f"{path}: is damaged ({' '.join(str(error).split())})") from error
+
+
+def datasets(file: h5py.File, folder: str) -> dict[str, h5py.Dataset]:
+    """List the datasets of a folder; none if there is no such folder."""
+    return dict(file[folder]) if folder in file else {}
+
+
+def read_arrays(file: h5py.File, folder: str) -> dict[str, np.ndarray]:
+    """Read the arrays of a folder; none if there is no such folder."""
+    return {name: read_array(dataset) for name, dataset in datasets(file, folder).items()}
+
+
+def _dtypes(dataset: h5py.Dataset) -> tuple[np.dtype, h5t.TypeID]:
+    """NumPy and HDF5 type in memory, such that reading copies bits and converts nothing."""
+    kind = _bfloat16_type()
+    if dataset.id.get_type().equal(kind):
+        return BFLOAT16, kind
+    return dataset.dtype, h5t.py_create(dataset.dtype)
+
+
+def read_array(dataset: h5py.Dataset) -> np.ndarray:
+    """Read a whole array."""
+    dtype, kind = _dtypes(dataset)
+    if dtype != BFLOAT16:
+        return dataset[()]
+    array = np.empty(dataset.shape, dtype)
+    dataset.id.read(h5s.ALL, h5s.ALL, array, mtype=kind)
+    return array
+
+
+def read_rows(dataset: h5py.Dataset, module_N: np.ndarray, expert_N: np.ndarray) -> np.ndarray:
+    """Read the rows (module, expert) of an (M, E, ...) dataset into (N, ...)."""
+    dtype, kind = _dtypes(dataset)
+    row_shape = dataset.shape[2:]
+    rows = np.empty((len(module_N), *row_shape), dtype)
+    in_memory, in_file = h5s.create_simple(row_shape), dataset.id.get_space()
+    # One selection per row: 12 us each. h5py's own indexing takes ten times that.
+    for row, module, expert in zip(rows, module_N, expert_N, strict=True):
+        start = (int(module), int(expert), *(0 for _ in row_shape))
+        in_file.select_hyperslab(start, (1, 1, *row_shape))
+        dataset.id.read(in_memory, in_file, row, mtype=kind)
+    return rows

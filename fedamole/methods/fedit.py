@@ -1,0 +1,28 @@
+"""FedIT: one LoRA for all, averaged every round (Zhang et al. 2024, arXiv:2305.05644)."""
+
+from collections.abc import Sequence
+
+from fedamole.methods import Method
+from fedamole.methods.building_blocks import (
+    assign_nothing,
+    average,
+    evaluate_adapters,
+    init_adapters,
+    train_adapters,
+)
+from fedamole.pools import ModuleShape, Pool
+from fedamole.stages import RunStage
+
+
+def init_pool(settings: RunStage, modules: Sequence[ModuleShape]) -> Pool:
+    """Make one LoRA per module: the shared expert without domain experts."""
+    return init_adapters(settings, modules, num_experts=0)
+
+
+METHOD = Method(
+    init_pool=init_pool,
+    assign=assign_nothing,
+    aggregate=average,
+    train_client=train_adapters,
+    evaluate_client=evaluate_adapters,
+)

@@ -1,0 +1,147 @@
+"""Text of a table: the same numbers as Markdown and as LaTeX, byte for byte the same every time."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+PERCENT = 100
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of a table.
+
+    Attributes
+    ----------
+    mean
+        The value, or the mean over seeds.
+    std
+        Sample standard deviation over seeds; None for a single seed.
+    """
+
+    mean: float
+    std: float | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a printed table.
+
+    Attributes
+    ----------
+    title
+        Text of the head.
+    cells
+        Method -> number, in the unit that is printed.
+    best
+        Which numbers are better; None ranks nothing.
+    gain
+        Gain of the reference method, as a fraction; None leaves the field empty, not a number prints
+        ``n/a``.
+    """
+
+    title: str
+    cells: dict[str, Cell]
+    best: Literal["highest", "lowest"] | None = None
+    gain: float | None = None
+
+
+@dataclass(frozen=True)
+class Markup:
+    """What a text format writes around numbers.
+
+    Attributes
+    ----------
+    best, second
+        Patterns for the best and the second best number.
+    plus_minus
+        Sign between mean and standard deviation.
+    percent
+        Pattern of a gain, with its unit.
+    """
+
+    best: str
+    second: str
+    plus_minus: str
+    percent: str
+
+
+MARKDOWN = Markup("**{}**", "{}", " ± ", "{} %")
+LATEX = Markup(r"\textbf{{{}}}", r"\underline{{{}}}", r" $\pm$ ", r"${}$\,\%")
+
+
+def markdown(columns: Sequence[Column], reference: str, decimals: int) -> str:
+    """GitHub table: best numbers bold, the gain of the reference in the last line."""
+    head = ["method", *(column.title for column in columns)]
+    rule = [":---", *("---:" for _ in columns)]
+    lines = [
+        head,
+        rule,
+        *_body(columns, decimals, MARKDOWN),
+        *_gain(columns, reference, decimals, MARKDOWN),
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def latex(columns: Sequence[Column], reference: str, decimals: int) -> str:
+    """``tabular`` for booktabs: best numbers bold, second best underlined, the gain at the end."""
+    head = [_escape(text) for text in ["method", *(column.title for column in columns)]]
+    body = [[_escape(line[0]), *line[1:]] for line in _body(columns, decimals, LATEX)]
+    last = [[_escape(line[0]), *line[1:]] for line in _gain(columns, reference, decimals, LATEX)]
+    blocks = [block for block in ([head], body, last) if block]
+    rows = "\\midrule\n".join(
+        "".join(" & ".join(line) + " \\\\\n" for line in block) for block in blocks
+    )
+    layout = "l" + "r" * len(columns)
+    return f"\\begin{{tabular}}{{{layout}}}\n\\toprule\n{rows}\\bottomrule\n\\end{{tabular}}\n"
+
+
+def _body(columns: Sequence[Column], decimals: int, markup: Markup) -> list[list[str]]:
+    """One line of texts per method: its name, its numbers."""
+    printed = [_print(column, decimals, markup) for column in columns]
+    return [[method, *(texts[method] for texts in printed)] for method in columns[0].cells]
+
+
+def _gain(
+    columns: Sequence[Column], reference: str, decimals: int, markup: Markup
+) -> list[list[str]]:
+    """Give the line with the gains; no line if no column has one."""
+    if all(column.gain is None for column in columns):
+        return []
+    gains = ["" if c.gain is None else _percent(c.gain, decimals, markup) for c in columns]
+    return [[f"gain of {reference} over the best other", *gains]]
+
+
+def _percent(value: float, decimals: int, markup: Markup) -> str:
+    if math.isnan(value):
+        return "n/a"
+    return markup.percent.format(number(PERCENT * value, decimals, sign="+"))
+
+
+def _print(column: Column, decimals: int, markup: Markup) -> dict[str, str]:
+    """Map each method to its marked number in a column."""
+    means = {method: number(cell.mean, decimals) for method, cell in column.cells.items()}
+    # Ranked as printed: two numbers that a reader cannot tell apart are marked alike.
+    ranking = sorted({float(text) for text in means.values()}, reverse=column.best == "highest")
+    patterns = {}
+    if column.best and len(means) > 1:
+        patterns = dict(zip(ranking, (markup.best, markup.second), strict=False))
+    texts = {}
+    for method, cell in column.cells.items():
+        spread = "" if cell.std is None else markup.plus_minus + number(cell.std, decimals)
+        texts[method] = patterns.get(float(means[method]), "{}").format(means[method]) + spread
+    return texts
+
+
+def number(value: float, decimals: int, sign: Literal["-", "+"] = "-") -> str:
+    """Print a number with fixed decimals; zero never has a minus."""
+    # Adding 0.0 turns the -0.0 that rounding may leave into 0.0.
+    return f"{round(value, decimals) + 0.0:{sign}.{decimals}f}"
+
+
+def _escape(text: str) -> str:
+    """Escape what LaTeX would read as commands."""
+    special = {char: f"\\{char}" for char in "&%$#_{}"}
+    special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(char, char) for char in text)

@@ -1,0 +1,273 @@
+"""Results of a study: its metrics files, read and checked, and the files that come out of them.
+
+Light on purpose (no torch, no matplotlib): the Snakefile asks here which files a command will write.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from fedamole.artifacts import Header
+from fedamole.config import parse
+from fedamole.errors import FedamoleError
+from fedamole.records import (
+    KIND,
+    RECORDS,
+    AssignmentRecord,
+    ClientRecord,
+    PartitionRecord,
+    RunRecord,
+)
+from fedamole.registry import lookup
+from fedamole.stages import ResultsStage
+
+
+def table_names() -> list[str]:
+    """Names of the files that ``fedamole tables`` writes."""
+    return [f"{table}.{suffix}" for table in ("main", "clients") for suffix in ("csv", "md", "tex")]
+
+
+def figure_names(settings: ResultsStage) -> list[str]:
+    """Names of the files that ``fedamole figures`` writes: each figure as svg, png and csv."""
+    return [
+        f"{figure}.{suffix}" for figure in figures(settings) for suffix in ("svg", "png", "csv")
+    ]
+
+
+def figures(settings: ResultsStage) -> list[str]:
+    """Names of the figures, without suffix."""
+    names = ["rounds"]
+    for scenario in [slug for slugs in settings.scenarios.values() for slug in slugs]:
+        names.append(f"{scenario}-classes")
+        for method in with_experts(settings):
+            names += [f"{scenario}-{method}-experts", f"{scenario}-{method}-assignment"]
+    return names
+
+
+def with_experts(settings: ResultsStage) -> list[str]:
+    """Methods whose experts choose clients."""
+    return [method for method in settings.methods if lookup(method).assigns]
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Text of a tidy csv file: numbers in full precision, None as an empty field."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+@dataclass(frozen=True)
+class Run:
+    """The metrics of one method on one scenario and seed.
+
+    Attributes
+    ----------
+    info
+        Which run it is.
+    partition
+        Its data.
+    rounds
+        Round -> the records of clients 0 .. K - 1, in that order.
+    assignments
+        Round -> assignment; empty for a method without experts.
+    """
+
+    info: RunRecord
+    partition: PartitionRecord
+    rounds: dict[int, list[ClientRecord]]
+    assignments: dict[int, AssignmentRecord]
+
+    @property
+    def last_round(self) -> int:
+        """The last evaluated round; 0 for a method that does not train."""
+        return max(self.rounds)
+
+    def mean_score(self, round_: int) -> float:
+        """Unweighted mean of the clients' scores, in [0, 1]."""
+        return fmean(client.score for client in self.rounds[round_])
+
+    def mean_loss(self, round_: int) -> float:
+        """Unweighted mean of the clients' evaluation losses, in nats."""
+        return fmean(client.eval_loss for client in self.rounds[round_])
+
+    def counted_round(self, rule: Literal["last", "best"]) -> int:
+        """Round that counts: the last, or the earliest with the lowest mean evaluation loss."""
+        if rule == "last":
+            return self.last_round
+        return min(sorted(self.rounds), key=self.mean_loss)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """All runs of a study by scenario slug (with the seed) and method."""
+
+    runs: dict[tuple[str, str], Run]
+
+    def run(self, scenario: str, method: str) -> Run:
+        """Look up the run of a method on a scenario slug."""
+        return self.runs[scenario, method]
+
+
+def read_metrics(paths: Iterable[Path], settings: ResultsStage) -> Metrics:
+    """Read the metrics files of a study, and refuse all that could not be compared.
+
+    Parameters
+    ----------
+    paths
+        One file for each scenario, seed and method of the settings, in any order.
+    settings
+        The study.
+
+    Raises
+    ------
+    FedamoleError
+        If a file is missing, broken, incomplete, foreign, given twice, or of another number of
+        rounds, metric or partition than the others; the message names the file.
+    """
+    known = [(path, read_run(path)) for path in paths]
+    runs: dict[tuple[str, str], Run] = {}
+    for path, run in known:
+        _check_belongs(path, run, settings)
+        key = (run.info.scenario, run.info.method)
+        if key in runs:
+            raise FedamoleError(f"{path}: is a second file of {key[1]} on {key[0]}")
+        runs[key] = run
+    for key in _expected(settings):
+        if key not in runs:
+            raise FedamoleError(f"no metrics file of {key[1]} on {key[0]} was given")
+    _check_same(known)
+    return Metrics({key: runs[key] for key in _expected(settings)})
+
+
+def read_run(path: Path) -> Run:
+    """Read one metrics file.
+
+    Raises
+    ------
+    FedamoleError
+        If it is missing, broken (with the line), incomplete, or no metrics file.
+    """
+    records: dict[str, list[Any]] = {name: [] for name in RECORDS}
+    for number, line in enumerate(_lines(path)):
+        content = _json_line(path, number, line)
+        if number == 0:
+            Header.from_mapping(content.get("header"), path).check(path, KIND, None)
+            continue
+        kind = content.get("record")
+        if kind not in RECORDS:
+            allowed = ", ".join(RECORDS)
+            raise FedamoleError(f"{path}:{number + 1}: record {kind!r} is unknown; {allowed} exist")
+        records[kind].append(parse(RECORDS[kind], content, f"{path}:{number + 1}"))
+    for kind in ("run", "partition"):
+        if len(records[kind]) != 1:
+            raise FedamoleError(f"{path}: has {len(records[kind])} {kind} records; needs one")
+    return _assemble(path, records)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise FedamoleError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise FedamoleError(f"{path}: is not a text file") from error
+    if not lines:
+        raise FedamoleError(f"{path}: is empty")
+    return lines
+
+
+def _json_line(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        content = json.loads(line)
+    except ValueError as error:
+        raise FedamoleError(f"{path}:{number + 1}: is not a whole JSON line ({error})") from error
+    if not isinstance(content, dict):
+        raise FedamoleError(f"{path}:{number + 1}: is not a JSON object")
+    return content
+
+
+def _assemble(path: Path, records: Mapping[str, list[Any]]) -> Run:
+    """Sort the records of a file by round and client; refuse gaps."""
+    info: RunRecord = records["run"][0]
+    row = lookup(info.method)
+    expected = list(range(1, info.rounds + 1)) if row.trains else [0]
+    rounds: dict[int, list[ClientRecord]] = {}
+    for client in sorted(records["client"], key=lambda record: (record.round, record.client)):
+        rounds.setdefault(client.round, []).append(client)
+    _check_rounds(path, "client", rounds, expected)
+    for round_, clients in rounds.items():
+        indices = [client.client for client in clients]
+        if indices != list(range(info.clients)):
+            raise FedamoleError(
+                f"{path}: round {round_} has clients {indices}; "
+                f"each of 0 to {info.clients - 1} is needed once"
+            )
+    assignments: list[AssignmentRecord] = records["assignment"]
+    if assignments or row.assigns:
+        _check_rounds(path, "assignment", [record.round for record in assignments], expected)
+    run = Run(info, records["partition"][0], rounds, {a.round: a for a in assignments})
+    _check_shapes(path, run)
+    return run
+
+
+def _check_rounds(path: Path, kind: str, found: Iterable[int], expected: list[int]) -> None:
+    if sorted(found) != expected:
+        raise FedamoleError(
+            f"{path}: has {kind} records of rounds {sorted(found)}; {expected} are needed"
+        )
+
+
+def _check_shapes(path: Path, run: Run) -> None:
+    """Refuse lists whose lengths contradict each other."""
+    clients, partition = run.info.clients, run.partition
+    widths = {len(row) for row in partition.counts}
+    if len(partition.counts) != clients or widths != {len(partition.classes)}:
+        raise FedamoleError(f"{path}: the partition is not {clients} clients x its classes")
+    for round_, record in run.assignments.items():
+        lengths = {len(record.modules), len(record.holders), len(record.objective)}
+        experts = {len(module) for module in record.holders}
+        holders = {client for module in record.holders for held in module for client in held}
+        if len(lengths) > 1 or experts != {record.num_experts} or holders - set(range(clients)):
+            raise FedamoleError(
+                f"{path}: the assignment of round {round_} is not {len(record.modules)} modules x "
+                f"{record.num_experts} experts of clients below {clients}"
+            )
+
+
+def _expected(settings: ResultsStage) -> Iterator[tuple[str, str]]:
+    """Scenario slug and method of every file of a study, in the order of the tables."""
+    for slugs in settings.scenarios.values():
+        for slug in slugs:
+            for method in settings.methods:
+                yield slug, method
+
+
+def _check_belongs(path: Path, run: Run, settings: ResultsStage) -> None:
+    """Refuse a file of another study."""
+    info = run.info
+    names = {slug: name for name, slugs in settings.scenarios.items() for slug in slugs}
+    if info.scenario not in names or info.method not in settings.methods:
+        raise FedamoleError(f"{path}: {info.method} on {info.scenario} is not in the settings")
+    metric = settings.metrics[names[info.scenario]]
+    if info.metric != metric:
+        raise FedamoleError(f"{path}: has metric {info.metric}; the settings say {metric}")
+
+
+def _check_same(known: Iterable[tuple[Path, Run]]) -> None:
+    """Refuse files that differ where all must agree: rounds, and the partition of a scenario."""
+    first: dict[str, tuple[Path, Any]] = {}
+    for path, run in known:
+        facts: dict[str, Any] = {f"partition of {run.info.scenario}": run.partition}
+        if lookup(run.info.method).trains:
+            facts["number of rounds"] = run.info.rounds
+        for what, value in facts.items():
+            other, expected = first.setdefault(what, (path, value))
+            if value != expected:
+                raise FedamoleError(f"{path}: the {what} differs from that in {other}")

@@ -1,0 +1,181 @@
+"""What each stage of the pipeline depends on, as one section whose JSON is its ``params``.
+
+The digest of that JSON stands in the header of all files the stage writes. Files of a run that was
+made with other settings are thereby recognised, also where Snakemake's own records are lost.
+"""
+
+import hashlib
+import json
+
+from fedamole.config import Config
+from fedamole.settings import (
+    AdapterSettings,
+    AggregationSettings,
+    AssignmentSettings,
+    BackboneSettings,
+    DatasetSettings,
+    EvaluationSettings,
+    ScenarioSettings,
+    Section,
+    TablesSettings,
+    TrainingSettings,
+)
+
+
+class BackboneStage(Section):
+    """Settings of ``prepare-backbone``."""
+
+    version: int = 1
+    """Raised when a change of the code changes the backbone."""
+    backbone: BackboneSettings
+    """The model."""
+    corpus: list[DatasetSettings] = []
+    """Data sets that train the tokenizer of a generated backbone; empty for all others."""
+
+
+class ScenarioStage(Section):
+    """Settings of ``partition``."""
+
+    version: int = 1
+    """Raised when a change of the code changes the split."""
+    scenario: ScenarioSettings
+    """The population."""
+    seed: int
+    """Root seed."""
+
+
+class TokensStage(Section):
+    """Settings of ``tokenize``."""
+
+    version: int = 1
+    """Raised when a change of the code changes the tokens."""
+    scenario: ScenarioStage
+    """The population and its split."""
+    backbone: BackboneStage
+    """The model that brings the tokenizer."""
+
+
+class RunStage(Section):
+    """Settings of a federated run: ``init-server``, ``aggregate`` and ``assign``."""
+
+    version: int = 1
+    """Raised when a change of the code changes a pool or an upload."""
+    run: str
+    """Name of the run; see :mod:`fedamole.registry`."""
+    tokens: TokensStage
+    """The data and the backbone."""
+    adapter: AdapterSettings
+    """The trainable part."""
+    assignment: AssignmentSettings
+    """Who holds which experts."""
+    aggregation: AggregationSettings
+    """How the server averages."""
+    training: TrainingSettings
+    """Local training."""
+
+    @property
+    def seed(self) -> int:
+        """Root seed of the scenario."""
+        return self.tokens.scenario.seed
+
+    @property
+    def scenario(self) -> ScenarioSettings:
+        """The population."""
+        return self.tokens.scenario.scenario
+
+    @property
+    def backbone(self) -> BackboneSettings:
+        """The model."""
+        return self.tokens.backbone.backbone
+
+
+class ClientStage(Section):
+    """Settings of ``train-clients`` and ``evaluate-clients``."""
+
+    version: int = 1
+    """Raised when a change of the code changes a metric."""
+    run: RunStage
+    """The federated run."""
+    evaluation: EvaluationSettings
+    """Testing."""
+
+
+class ResultsStage(Section):
+    """Settings of ``tables`` and ``figures``."""
+
+    version: int = 1
+    """Raised when a change of the code changes a table."""
+    tables: TablesSettings
+    """What is shown."""
+    methods: list[str]
+    """Rows, in order."""
+    scenarios: dict[str, list[str]]
+    """Columns, in order: scenario name -> slugs of its seeds."""
+    metrics: dict[str, str]
+    """Scenario name -> metric: accuracy or rouge_l."""
+
+
+def backbone_stage(config: Config) -> BackboneStage:
+    """Settings of ``prepare-backbone``."""
+    corpus: dict[str, DatasetSettings] = {}
+    if config.backbone.generate:
+        corpus = {scenario.dataset.name: scenario.dataset for scenario in config.scenarios}
+    return BackboneStage(backbone=config.backbone, corpus=list(corpus.values()))
+
+
+def scenario_stage(config: Config, scenario: str) -> ScenarioStage:
+    """Settings of ``partition`` for a scenario slug."""
+    settings, seed = config.scenario_seeds()[scenario]
+    return ScenarioStage(scenario=settings, seed=seed)
+
+
+def tokens_stage(config: Config, scenario: str) -> TokensStage:
+    """Settings of ``tokenize`` for a scenario slug."""
+    return TokensStage(
+        scenario=scenario_stage(config, scenario), backbone=backbone_stage(config)
+    )
+
+
+def run_stage(config: Config, scenario: str, run: str) -> RunStage:
+    """Settings of the server's commands for a scenario slug and a run."""
+    return RunStage(
+        run=run,
+        tokens=tokens_stage(config, scenario),
+        adapter=config.adapter,
+        assignment=config.assignment,
+        aggregation=config.aggregation,
+        training=config.training,
+    )
+
+
+def client_stage(config: Config, scenario: str, run: str) -> ClientStage:
+    """Settings of the clients' commands for a scenario slug and a run."""
+    return ClientStage(run=run_stage(config, scenario, run), evaluation=config.evaluation)
+
+
+def results_stage(config: Config) -> ResultsStage:
+    """Settings of ``tables`` and ``figures``."""
+    return ResultsStage(
+        tables=config.tables,
+        methods=config.methods,
+        scenarios={
+            scenario.slug: [f"{scenario.slug}-s{seed}" for seed in config.seeds]
+            for scenario in config.scenarios
+        },
+        metrics={scenario.slug: scenario.dataset.metric for scenario in config.scenarios},
+    )
+
+
+def canonical_json(section: Section) -> str:
+    """JSON of a section with sorted keys and no spaces: equal settings, equal bytes.
+
+    Defaults are left out, so that a new setting does not rerun old studies. A default that changes
+    must therefore raise the version of its stage.
+    """
+    content = section.model_dump(mode="json", exclude_defaults=True)
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+
+def digest(section: Section) -> str:
+    """SHA-256 of the canonical JSON, in hexadecimal."""
+    return hashlib.sha256(canonical_json(section).encode()).hexdigest()

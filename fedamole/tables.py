@@ -1,0 +1,215 @@
+"""Tables of a study: methods x scenarios, methods x clients; as csv, Markdown and LaTeX.
+
+The middle of ``fedamole tables``: metrics in, texts out. The same metrics give the same bytes.
+
+A score is the unweighted mean over clients, then the mean and the sample standard deviation over
+seeds (arXiv:2411.19128, section 5.1). The gain of the reference method r in a scenario is
+(score_r - b) / b, where b is the best score of the other methods.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from fedamole.records import METRIC_LABELS, ClientRecord
+from fedamole.rendering import PERCENT, Cell, Column, latex, markdown
+from fedamole.results import Metrics, Run, csv_text
+from fedamole.stages import ResultsStage
+
+
+def table_files(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
+    """Render all tables.
+
+    Returns
+    -------
+    dict[str, str]
+        File name (:func:`fedamole.results.table_names`) -> text.
+    """
+    scores, losses = score_columns(metrics, settings), loss_columns(metrics, settings)
+    reference, decimals = settings.tables.reference, settings.tables.decimals
+    clients = clients_columns(metrics, settings)
+    return {
+        "main.csv": csv_text(main_rows(metrics, settings)),
+        "main.md": markdown([*scores, *losses], reference, decimals),
+        "main.tex": latex(scores, reference, decimals) + "\n" + latex(losses, reference, decimals),
+        "clients.csv": csv_text(clients_rows(metrics, settings)),
+        "clients.md": "\n".join(
+            f"**{title}**\n\n{markdown(columns, reference, decimals)}"
+            for title, columns in clients.items()
+        ),
+        "clients.tex": "\n".join(
+            f"% {title}\n{latex(columns, reference, decimals)}"
+            for title, columns in clients.items()
+        ),
+    }
+
+
+# What the tables say
+
+
+def score_columns(metrics: Metrics, settings: ResultsStage) -> list[Column]:
+    """Scores in percent, one column per scenario, and their average if there are several."""
+    columns = []
+    for name, metric in _scenarios(settings):
+        cells = main_cells(metrics, settings, name, Run.mean_score, scale=PERCENT)
+        title = f"{name} {METRIC_LABELS[metric]} (%)"
+        columns.append(Column(title, cells, "highest", gain(cells, settings.tables.reference)))
+    if len(columns) > 1:
+        columns.append(_average(columns))
+    return columns
+
+
+def loss_columns(metrics: Metrics, settings: ResultsStage) -> list[Column]:
+    """Losses on the evaluation set in nats per token, one column per scenario."""
+    return [
+        Column(f"{name} eval loss", main_cells(metrics, settings, name, Run.mean_loss), "lowest")
+        for name, _ in _scenarios(settings)
+    ]
+
+
+def main_cells(
+    metrics: Metrics,
+    settings: ResultsStage,
+    name: str,
+    measure: Callable[[Run, int], float],
+    scale: float = 1,
+) -> dict[str, Cell]:
+    """Mean and spread over the seeds of a scenario, for each method.
+
+    Parameters
+    ----------
+    metrics
+        All runs.
+    settings
+        The study; says which round counts.
+    name
+        Scenario, without the seed.
+    measure
+        Mean over clients of a run in a round.
+    scale
+        Factor on the numbers.
+    """
+    cells = {}
+    for method in settings.methods:
+        runs = [metrics.run(slug, method) for slug in settings.scenarios[name]]
+        values = [scale * measure(run, run.counted_round(settings.tables.round)) for run in runs]
+        cells[method] = over_seeds(values)
+    return cells
+
+
+def over_seeds(values: Sequence[float]) -> Cell:
+    """Mean and sample standard deviation; one value has no deviation."""
+    return Cell(fmean(values), stdev(values) if len(values) > 1 else None)
+
+
+def gain(cells: dict[str, Cell], reference: str) -> float | None:
+    """Relative gain of the reference method over the best of the others, as a fraction.
+
+    None if there is nothing to compare: the reference is not in the table, or nothing else is. Not a
+    number if the best of the others is 0, over which no relative gain exists.
+    """
+    others = [cell.mean for method, cell in cells.items() if method != reference]
+    if reference not in cells or not others:
+        return None
+    best = max(others)
+    return (cells[reference].mean - best) / best if best else math.nan
+
+
+def _average(columns: Sequence[Column]) -> Column:
+    """Unweighted mean over scenarios of the scores and of the gains."""
+    cells = {
+        method: Cell(fmean(column.cells[method].mean for column in columns))
+        for method in columns[0].cells
+    }
+    gains = [column.gain for column in columns if column.gain is not None]
+    return Column("average (%)", cells, "highest", fmean(gains) if gains else None)
+
+
+def clients_columns(metrics: Metrics, settings: ResultsStage) -> dict[str, list[Column]]:
+    """Scores in percent per client, with mean, worst and spread; one table per scenario slug.
+
+    Seeds are not averaged: client 0 of one seed has nothing in common with client 0 of another.
+    """
+    tables = {}
+    for name, metric in _scenarios(settings):
+        for slug in settings.scenarios[name]:
+            scores = {
+                method: [
+                    PERCENT * client.score for client in _counted(metrics, settings, slug, method)
+                ]
+                for method in settings.methods
+            }
+            tables[f"{slug}: {METRIC_LABELS[metric]} (%)"] = _client_columns(scores)
+    return tables
+
+
+def _client_columns(scores: dict[str, list[float]]) -> list[Column]:
+    """Columns for clients 0 .. K - 1 and what sums them up, from method -> scores of the clients."""
+    clients = range(len(next(iter(scores.values()))))
+    columns = [
+        Column(
+            f"client {k}", {method: Cell(values[k]) for method, values in scores.items()}, "highest"
+        )
+        for k in clients
+    ]
+    means = {method: Cell(fmean(values)) for method, values in scores.items()}
+    worst = {method: Cell(min(values)) for method, values in scores.items()}
+    columns += [Column("mean", means, "highest"), Column("worst", worst, "highest")]
+    if len(clients) > 1:
+        columns.append(Column("std", {m: Cell(stdev(values)) for m, values in scores.items()}))
+    return columns
+
+
+def _counted(
+    metrics: Metrics, settings: ResultsStage, slug: str, method: str
+) -> list[ClientRecord]:
+    """Client records of the round that counts."""
+    run = metrics.run(slug, method)
+    return run.rounds[run.counted_round(settings.tables.round)]
+
+
+def _scenarios(settings: ResultsStage) -> list[tuple[str, str]]:
+    """Names of the scenarios with their metric."""
+    return [(name, settings.metrics[name]) for name in settings.scenarios]
+
+
+# Tidy rows
+
+
+def main_rows(metrics: Metrics, settings: ResultsStage) -> list[dict[str, Any]]:
+    """Rows of ``main.csv``: scores and gains as fractions, losses in nats per token."""
+    rows = []
+    for name, metric in _scenarios(settings):
+        scores = main_cells(metrics, settings, name, Run.mean_score)
+        losses = main_cells(metrics, settings, name, Run.mean_loss)
+        for method in settings.methods:
+            is_reference = method == settings.tables.reference
+            rows.append(
+                {
+                    "scenario": name,
+                    "metric": metric,
+                    "method": method,
+                    "seeds": len(settings.scenarios[name]),
+                    "score_mean": scores[method].mean,
+                    "score_std": scores[method].std,
+                    "eval_loss_mean": losses[method].mean,
+                    "eval_loss_std": losses[method].std,
+                    "gain": gain(scores, method) if is_reference else None,
+                }
+            )
+    return rows
+
+
+def clients_rows(metrics: Metrics, settings: ResultsStage) -> list[dict[str, Any]]:
+    """Rows of ``clients.csv``: scores as fractions, losses in nats per token."""
+    rows = []
+    for name, metric in _scenarios(settings):
+        for slug in settings.scenarios[name]:
+            for method in settings.methods:
+                info = metrics.run(slug, method).info
+                shared = {"scenario": name, "seed": info.seed, "metric": metric, "method": method}
+                fields = {"round", "client", "score", "eval_loss", "num_eval", "num_test"}
+                for client in _counted(metrics, settings, slug, method):
+                    rows.append({**shared, **client.model_dump(include=fields)})
+    return rows

@@ -1,0 +1,224 @@
+"""Local training of one client through DeepSpeed, on one rank or several."""
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import numpy as np
+import torch
+from deepspeed.utils import logger as deepspeed_logger
+from torch import nn
+from tqdm import tqdm
+
+from fedamole import distributed
+from fedamole.batches import IGNORED, Batch
+from fedamole.hmole_peft import balance_loss, hmole_layers, routed_tokens
+from fedamole.randomness import derive_seed
+from fedamole.settings import TrainingSettings
+
+# DeepSpeed would compile a shared-memory collective with g++ at the first start (a minute or two);
+# gloo does the same work here.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+deepspeed_logger.setLevel(logging.WARNING)
+
+
+class ScoredModel(nn.Module):
+    """A causal language model whose forward pass gives loss sums instead of logits.
+
+    Logits are made only where a response token is predicted: with a vocabulary of 49k that is a
+    third of the time of a training step.
+    """
+
+    def __init__(self, model: nn.Module, balance_weight: float) -> None:
+        super().__init__()
+        self.model = model
+        self.balance_weight = balance_weight
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum the token losses of each sequence.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            (B,) sum of the cross entropies of the response tokens in nats, and (B,) weighted load
+            balancing loss; both float32.
+        """
+        logits_BPV = self.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            logits_to_keep=batch.positions,
+            use_cache=False,
+        ).logits
+        losses_BP = nn.functional.cross_entropy(
+            logits_BPV.float().transpose(1, 2),
+            batch.targets,
+            ignore_index=IGNORED,
+            reduction="none",
+        )
+        token_B = losses_BP.sum(1)
+        if not (self.balance_weight and self.training and hmole_layers(self.model)):
+            return token_B, torch.zeros_like(token_B)
+        return token_B, self.balance_weight * balance_loss(self.model)
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What a local training reports.
+
+    Attributes
+    ----------
+    steps
+        Optimizer steps.
+    loss_first, loss_last
+        Mean token loss of the first and the last step, in nats.
+    seconds
+        Wall time of the steps.
+    routed_tokens
+        Module -> (n,) tokens that were routed to each of its domain experts.
+    """
+
+    steps: int
+    loss_first: float
+    loss_last: float
+    seconds: float
+    routed_tokens: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """Where in the study a local training stands; its randomness follows from this alone."""
+
+    seed: int
+    round: int
+    client: int
+
+
+def learning_rate(settings: TrainingSettings, round_: int) -> float:
+    """Step size of a round: learning_rate * decay^(round - 1)."""
+    return settings.learning_rate * settings.learning_rate_decay ** (round_ - 1)
+
+
+def steps_per_round(settings: TrainingSettings, num_examples: int) -> int:
+    """Optimizer steps of a client with so many training examples."""
+    if settings.local_epochs:
+        return math.ceil(settings.local_epochs * num_examples / settings.batch_size)
+    return settings.steps or 200
+
+
+@contextlib.contextmanager
+def engine_for(
+    model: nn.Module, settings: TrainingSettings, learning_rate: float
+) -> Iterator[deepspeed.DeepSpeedEngine]:
+    """Put a model under DeepSpeed with a fresh Adam, and take it out again."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trainable, lr=learning_rate)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=trainable,
+        optimizer=optimizer,
+        config=_deepspeed_config(settings, sum(parameter.numel() for parameter in trainable)),
+        dist_init_required=False,
+    )
+    try:
+        yield engine
+    finally:
+        engine.destroy()
+
+
+def train(
+    engine: deepspeed.DeepSpeedEngine,
+    steps: Sequence[Sequence[Batch]],
+    place: LocalTraining,
+    settings: TrainingSettings,
+    device: torch.device,
+) -> TrainingRecord:
+    """Train for one round.
+
+    The loss of a step is the mean over all response tokens of its global batch plus the mean
+    balance loss of its sequences, however the batch is cut into passes and ranks.
+
+    Parameters
+    ----------
+    engine
+        DeepSpeed around a :class:`ScoredModel`.
+    steps
+        For each step its micro-batches, over all ranks: pass p of rank r is number p * ranks + r.
+    place
+        Seed, round and client; dropout depends on these, the step and the micro-batch only.
+    settings
+        Batch sizes and ranks.
+    device
+        Of this rank.
+    """
+    engine.train()
+    losses: list[torch.Tensor] = []
+    counts: dict[str, torch.Tensor] = {}
+    started = time.monotonic()
+    for step, batches in enumerate(tqdm(steps, unit="step", leave=False, disable=None)):
+        num_targets = sum(batch.num_targets for batch in batches)
+        loss = torch.zeros((), device=device)
+        for number in range(distributed.rank(), len(batches), distributed.world_size()):
+            # Dropout follows from the place of the micro-batch, whichever rank computes it.
+            names = ("dropout", place.client, place.round, step, number)
+            torch.manual_seed(derive_seed(place.seed, *names))
+            token_B, balance_B = engine(batches[number].to(device))
+            for module, tokens_N in routed_tokens(engine.module).items():
+                counts[module] = tokens_N + counts.get(module, 0)
+            token, balance = token_B.sum() / num_targets, balance_B.sum() / settings.batch_size
+            # DeepSpeed averages over passes and ranks; the parts already add up to the mean.
+            engine.backward((token + balance) * len(batches))
+            engine.step()
+            loss += token.detach()
+        losses.append(loss)
+    seconds = time.monotonic() - started
+    return TrainingRecord(
+        steps=len(steps),
+        loss_first=float(_over_ranks(losses[0])),
+        loss_last=float(_over_ranks(losses[-1])),
+        seconds=seconds,
+        routed_tokens={name: _over_ranks(n).cpu().numpy() for name, n in counts.items()},
+    )
+
+
+def _over_ranks(part: torch.Tensor) -> torch.Tensor:
+    """Sum over the ranks."""
+    if distributed.world_size() > 1:
+        torch.distributed.all_reduce(part)
+    return part
+
+
+def trained_tensors(engine: deepspeed.DeepSpeedEngine, zero_stage: int) -> dict[str, torch.Tensor]:
+    """Copies of the whole trainable tensors by name, on the CPU, on all ranks.
+
+    Under ZeRO-3 a rank holds only a slice of each; they are gathered here. A plain ``state_dict``
+    would give empty tensors.
+    """
+    named = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    gathered: Any = contextlib.nullcontext()
+    if zero_stage == 3:
+        gathered = deepspeed.zero.GatheredParameters(list(named.values()))
+    with gathered:
+        return {name: p.detach().to("cpu", copy=True) for name, p in named.items()}
+
+
+def _deepspeed_config(settings: TrainingSettings, num_trainable: int) -> dict[str, Any]:
+    """DeepSpeed settings of the user plus those that follow from ours."""
+    accumulation = settings.batch_size // (settings.ranks * settings.sequences_per_pass)
+    # The default bucket holds 500 million numbers; adapters have a few million.
+    zero = {"reduce_bucket_size": num_trainable, **settings.deepspeed.get("zero_optimization", {})}
+    return {
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1_000_000_000,
+        **settings.deepspeed,
+        "zero_optimization": zero,
+        "train_batch_size": settings.batch_size,
+        "train_micro_batch_size_per_gpu": settings.sequences_per_pass,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": settings.gradient_clipping,
+    }

@@ -1,0 +1,387 @@
+"""Data sets from files, packages and the hub: what is read, dropped, and refused with its line."""
+
+import csv
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import yaml
+
+from fedamole.config import parse
+from fedamole.datasets import sources
+from fedamole.datasets.files import package_folder
+from fedamole.datasets.loading import Corpus, load_corpus
+from fedamole.errors import FedamoleError
+from fedamole.settings import DatasetSettings
+
+ROWS = [
+    {"question": "Who?", "extra": "A {strange} text", "answer": "Me, myself", "topic": "person"},
+    {"question": "How\nmany?", "extra": "", "answer": "Two", "topic": "number"},
+    {"question": "When?", "extra": "It is ten.", "answer": "Zehn Uhr früh", "topic": "number"},
+]
+
+
+def generation(files: list[str], **changes: Any) -> DatasetSettings:
+    data = {
+        "name": "mine",
+        "source": {"files": files},
+        "task": "generation",
+        "template": "alpaca",
+        "fields": {"instruction": "question", "input": "extra"},
+        "response": "answer",
+        "category": "topic",
+    }
+    return parse(DatasetSettings, data | changes, "test")
+
+
+def classification(files: list[str], **changes: Any) -> DatasetSettings:
+    data = {
+        "name": "mine",
+        "source": {"files": files},
+        "task": "classification",
+        "template": "{premise} => {hypothesis}?",
+        "label": "label",
+        "answers": {"0": "Yes", "1": "Maybe", "2": "No"},
+    }
+    return parse(DatasetSettings, data | changes, "test")
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def write_in(path: Path, suffix: str) -> None:
+    if suffix == ".json":
+        path.write_text(json.dumps(ROWS, indent=2), encoding="utf-8")
+    elif suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    elif suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(ROWS[0]))
+            writer.writeheader()
+            writer.writerows(ROWS)
+    else:
+        write_lines(path, ROWS)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_format_gives_the_same_corpus(tmp_path: Path, suffix: str, compressed: bool) -> None:
+    path = tmp_path / f"rows{suffix}"
+    write_in(path, suffix)
+    if compressed:
+        whole = gzip.compress(path.read_bytes())
+        path.unlink()
+        path = path.with_name(path.name + ".gz")
+        path.write_bytes(whole)
+    corpus = load_corpus(generation([str(path)]))
+    assert corpus.classes == ("number", "person")
+    assert [example.category for example in corpus.examples] == [1, 0, 0]
+    assert [example.response for example in corpus.examples] == [row["answer"] for row in ROWS]
+    assert "### Input:\nA {strange} text\n\n### Response:" in corpus.examples[0].prompt
+    reference = load_corpus(generation([write_lines(tmp_path / "reference.jsonl", ROWS)]))
+    assert corpus.digest == reference.digest
+
+
+def test_alpaca_prompt_is_the_one_of_stanford(tmp_path: Path) -> None:
+    corpus = load_corpus(generation([write_lines(tmp_path / "a.jsonl", ROWS)]))
+    assert corpus.examples[1].prompt == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nHow\nmany?\n\n### Response:"
+    )
+    assert corpus.examples[2].prompt == (
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nWhen?\n\n### Input:\nIt is ten.\n\n### Response:"
+    )
+
+
+def test_patterns_are_read_in_sorted_order_and_no_file_twice(tmp_path: Path) -> None:
+    for name in ("b", "c", "a"):
+        write_lines(tmp_path / f"{name}.jsonl", [{**ROWS[0], "answer": name}])
+    corpus = load_corpus(generation([f"{tmp_path}/[bc].jsonl", f"{tmp_path}/*.jsonl"]))
+    assert [example.response for example in corpus.examples] == ["b", "c", "a"]
+
+
+def test_rows_without_label_or_answer_and_duplicates_are_dropped_and_counted(
+    tmp_path: Path,
+) -> None:
+    pairs = [{"premise": "p", "hypothesis": "h", "label": value} for value in (0, -1, 2, 0, None)]
+    path = write_lines(tmp_path / "pairs.jsonl", pairs)
+    corpus = load_corpus(classification([path], drop_duplicates=True))
+    assert [(example.response, example.label) for example in corpus.examples] == [
+        ("Yes", 0),
+        ("No", 2),
+    ]
+    assert corpus.classes == ("Yes", "Maybe", "No")
+    assert corpus.dropped == {"no_label": 2, "no_response": 0, "duplicate": 1}
+    path = write_lines(tmp_path / "silent.jsonl", [*ROWS, {**ROWS[0], "answer": " "}])
+    assert load_corpus(generation([path])).dropped["no_response"] == 1
+
+
+def test_truth_values_and_numbers_are_labels_in_every_format(tmp_path: Path) -> None:
+    answers = {"false": "No", "true": "Yes"}
+    rows = [{"premise": 1.0, "hypothesis": 2, "label": True}]
+    path = write_lines(tmp_path / "truth.jsonl", rows)
+    (example,) = load_corpus(classification([path], answers=answers)).examples
+    assert (example.prompt, example.label) == ("1 => 2?", 1)
+
+
+BROKEN = {
+    "a.jsonl": ('{"question": "a"\n', "a.jsonl:1: is not valid JSON (Expecting ',' delimiter"),
+    "b.jsonl": ('\n[1, 2]\n', "b.jsonl:2: holds a list; an object with named fields is needed"),
+    "c.jsonl": ('{}\n', "c.jsonl:1: has no field 'topic'; its fields are []"),
+    "d.json": ('[\n{"topic": "x"},\n\n]', "d.json:4: is not valid JSON"),
+    "e.json": (
+        '[\n{"topic": "x", "question": "q", "answer": "a", "extra": ""},\n{"topic": "x",\n"a": 1}]',
+        "e.json:3: has no field 'extra'; its fields are ['a', 'topic']",
+    ),
+    "f.csv": ("\ntopic,question\n\nc\n", "f.csv:4: has 1 fields; the header has 2"),
+    "g.csv": ('topic,question\na,"b', "g.csv:2: is not valid CSV"),
+    "h.csv": ('topic,x\n"a\nb",c', "h.csv:2: has no field 'extra'; its fields are ['topic', 'x']"),
+    "i.txt": ("", "i.txt: has an unknown format '.txt'; allowed: .jsonl, .json, .csv, .parquet"),
+    "j.jsonl.gz": ("plain", "j.jsonl.gz: is not a whole gzip file"),
+    "k.parquet": ("PAR1", "k.parquet: is not a whole Parquet file"),
+    "l.jsonl": ("", "data set mine: no row is left"),
+    "m.jsonl": ('{"topic": ["x"]}', "m.jsonl:1: field 'topic' holds a list; a text or a number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_file_is_refused_with_its_line(tmp_path: Path, name: str) -> None:
+    content, message = BROKEN[name]
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(FedamoleError) as caught:
+        load_corpus(generation([str(tmp_path / name)]))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_gzip_and_wrong_encoding_are_refused(tmp_path: Path) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS * 100).encode()
+    (tmp_path / "half.jsonl.gz").write_bytes(gzip.compress(lines)[:-20])
+    with pytest.raises(FedamoleError, match="half.jsonl.gz: is not a whole gzip file"):
+        load_corpus(generation([str(tmp_path / "half.jsonl.gz")]))
+    (tmp_path / "latin.jsonl").write_bytes(b"\n" + '{"a": "früh"}'.encode("latin-1"))
+    with pytest.raises(FedamoleError, match="latin.jsonl:2: is not UTF-8 text"):
+        load_corpus(generation([str(tmp_path / "latin.jsonl")]))
+
+
+def test_label_out_of_range_names_value_line_and_what_is_allowed(tmp_path: Path) -> None:
+    pair = {"premise": "p", "hypothesis": "h"}
+    path = write_lines(tmp_path / "pairs.jsonl", [{**pair, "label": 1}, {**pair, "label": 3}])
+    with pytest.raises(FedamoleError) as caught:
+        load_corpus(classification([path]))
+    assert str(caught.value) == (
+        f"{path}:2: label '3' of field 'label' is out of range; allowed: 0, 1, 2; none: '-1', ''"
+    )
+
+
+def test_missing_files_and_packages_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FedamoleError, match=r"nothing/\*.jsonl: no such data file"):
+        load_corpus(generation([f"{tmp_path}/nothing/*.jsonl"]))
+    source = {"files": ["x.jsonl"], "package": "no_such_corpus"}
+    with pytest.raises(FedamoleError, match="not installed; try: pip install no-such-corpus"):
+        load_corpus(generation([], source=source))
+
+
+def test_package_is_found_without_being_imported() -> None:
+    sys.modules.pop("chatterbot_corpus", None)
+    assert (package_folder("chatterbot_corpus") / "data" / "english" / "ai.yml").is_file()
+    assert "chatterbot_corpus" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"template": "no field"}, "must be alpaca or contain a {field}"),
+        ({"template": "{a"}, "is broken"),
+        ({"template": "{a.b}"}, "{a.b} must be a plain name"),
+        ({"template": "{a:>10}"}, "{a:>10} must be a plain name"),
+        ({"fields": {"c": "d"}}, "fields ['c'] are not in the template"),
+        ({"answers": {"0": "A", "1": "A"}}, "must be different texts"),
+        ({"answers": {"0": "A", "-1": "B"}}, "['-1'] stand in both answers and no_label"),
+        ({"eval_fraction": 0.5, "test_fraction": 0.5}, "nothing would be left to train on"),
+        ({"source": {"hub": "a", "layout": "conversations"}}, "goes with files only"),
+        ({"source": {"files": ["a"], "splits": ["dev"]}}, "splits goes with hub"),
+        ({"source": {"files": ["a"], "subset": "b"}}, "subset goes with hub only"),
+    ],
+)
+def test_contradictory_settings_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(FedamoleError) as caught:
+        classification(["x.jsonl"], **change)
+    assert message in str(caught.value)
+
+
+# ------------------------------------------------------------------ data sets that come with configs
+
+
+def load_config_set(configs: Path, name: str, **source: Any) -> Corpus:
+    data = yaml.safe_load((configs / "datasets" / f"{name}.yaml").read_text(encoding="utf-8"))
+    parse(DatasetSettings, data, name)
+    data["source"] = source or data["source"]
+    return load_corpus(parse(DatasetSettings, data, name))
+
+
+def class_sizes(corpus: Corpus) -> dict[str, int]:
+    names = [corpus.classes[number] for number in corpus.categories]
+    return {name: names.count(name) for name in corpus.classes}
+
+
+def test_dolly(configs: Path, shared_data: Path) -> None:
+    corpus = load_config_set(configs, "dolly", files=[f"{shared_data}/dolly-15k/*.jsonl.gz"])
+    sizes = class_sizes(corpus)
+    assert (len(corpus.examples), len(sizes)) == (15_011, 8)
+    assert (sizes["open_qa"], sizes["creative_writing"]) == (3_742, 709)
+    with_context = sum("### Input:" in example.prompt for example in corpus.examples)
+    assert 0 < with_context < len(corpus.examples)
+
+
+def test_snli(configs: Path, shared_data: Path) -> None:
+    corpus = load_config_set(configs, "snli", files=[f"{shared_data}/snli/*.jsonl.gz"])
+    assert class_sizes(corpus) == {
+        "Yes": 2_981 + 3_329 + 3_368,
+        "Maybe": 2_994 + 3_235 + 3_219,
+        "No": 3_024 + 3_278 + 3_237,
+    }
+    assert set(corpus.dropped.values()) == {0}
+
+
+def test_ag_news(configs: Path, shared_data: Path) -> None:
+    corpus = load_config_set(configs, "ag-news", files=[f"{shared_data}/ag-news/*.jsonl.gz"])
+    assert class_sizes(corpus) == dict.fromkeys(("World", "Sports", "Business", "Sci/Tech"), 1_900)
+
+
+def test_natural_instructions(configs: Path, shared_data: Path) -> None:
+    folder = shared_data / "natural-instructions-2.8"
+    corpus = load_config_set(
+        configs, "natural-instructions", files=[str(folder)], layout="natural-instructions"
+    )
+    sizes = class_sizes(corpus)
+    assert len(sizes) == 29
+    assert sizes["task1600_smcalflow_sentence_generation"] == 1_029
+    task = json.loads((folder / "tasks" / "task381_boolq_question_generation.json").read_bytes())
+    number = corpus.classes.index("task381_boolq_question_generation")
+    first = next(example for example in corpus.examples if example.category == number)
+    assert first.response == task["Instances"][0]["output"][0]
+    assert task["Definition"][0] in first.prompt
+    assert task["Instances"][0]["input"] in first.prompt
+
+
+def test_chatterbot_is_every_question_with_the_answer_after_it(configs: Path) -> None:
+    corpus = load_config_set(configs, "chatterbot")
+    folder = package_folder("chatterbot_corpus") / "data" / "english"
+    pairs, unanswered = [], 0
+    for path in sorted(folder.glob("*.yml")):
+        for turns in yaml.safe_load(path.read_bytes())["conversations"]:
+            turns = [turns] if isinstance(turns, str) else turns
+            unanswered += len(turns) % 2
+            pairs += [(turns[i], turns[i + 1]) for i in range(0, len(turns) - 1, 2)]
+    assert len(corpus.classes) == 21
+    assert len(corpus.examples) == len(set(pairs))
+    assert corpus.dropped["duplicate"] == len(pairs) - len(set(pairs))
+    assert corpus.dropped["no_response"] == unanswered
+
+
+def test_no_in_a_conversation_is_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "moods.yml"
+    path.write_text("conversations:\n- - Are you sad?\n  - No\n- - 1 + 1?\n  - 2\n")
+    source = {"files": [str(path)], "layout": "conversations"}
+    settings = generation([], source=source, fields={}, response="response", category="category")
+    assert [example.response for example in load_corpus(settings).examples] == ["No", "2"]
+    assert load_corpus(settings).classes == ("moods",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("conversations: [", "c.yml:2: is not valid YAML"),
+        ("categories: [a]", "c.yml: has no entry 'conversations'; its entries are ['categories']"),
+        ("conversations:\n- - a\n  - {b: c}", "c.yml:3: is not a text; a turn is needed"),
+        ("conversations:\n- - a\n  - b\n- {}", "c.yml:4: is not a list of turns"),
+    ],
+)
+def test_broken_conversations_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "c.yml").write_text(content)
+    source = {"files": [str(tmp_path / "c.yml")], "layout": "conversations"}
+    with pytest.raises(FedamoleError) as caught:
+        load_corpus(generation([], source=source, fields={}, response="response", category="category"))
+    assert message in str(caught.value)
+
+
+def write_tasks(folder: Path, sizes: dict[str, int]) -> dict[str, Any]:
+    (folder / "tasks").mkdir(parents=True)
+    (folder / "splits" / "default").mkdir(parents=True)
+    (folder / "splits" / "default" / "train_tasks.txt").write_text("\n".join([*sizes, ""]))
+    for name, size in sizes.items():
+        instances = [{"id": str(i), "input": "x", "output": ["y", "z"]} for i in range(size)]
+        task = {"Definition": ["Do", name], "Instances": instances}
+        (folder / "tasks" / f"{name}.json").write_text(json.dumps(task))
+    source = {"files": [str(folder)], "layout": "natural-instructions"}
+    return {"source": source, "fields": {}, "response": "response", "category": "category"}
+
+
+def test_largest_tasks_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_TASKS", 2)
+    changes = write_tasks(tmp_path / "ni", {"task3": 4, "task1": 3, "task2": 5})
+    assert class_sizes(load_corpus(generation([], **changes))) == {"task2": 5, "task3": 4}
+
+
+def test_broken_tasks_are_refused(tmp_path: Path) -> None:
+    changes = write_tasks(tmp_path / "ni", {"task1": 2, "task2": 2})
+    path = tmp_path / "ni" / "tasks" / "task1.json"
+    for content, message in (
+        ('{"Definition": ["d"], "Instances": [{"input": "x", "output": []}]}', "instance 1: field"),
+        ('{"Definition": ["d"], "Instances": [3]}', "instance 1: holds a int"),
+        ('{"Definition": ["d"]}', "has no list 'Instances'"),
+        ("{\n", "task1.json:2: is not valid JSON"),
+    ):
+        path.write_text(content)
+        with pytest.raises(FedamoleError, match=message):
+            load_corpus(generation([], **changes))
+    path.unlink()
+    with pytest.raises(FedamoleError, match="task1.json: cannot be read"):
+        load_corpus(generation([], **changes))
+
+
+HUB = """
+import sys
+from fedamole.datasets.loading import load_corpus
+from fedamole.errors import FedamoleError
+from fedamole.settings import DatasetSettings
+assert not {"datasets", "torch", "transformers"} & set(sys.modules)
+for hub in sys.argv[1:]:
+    settings = DatasetSettings(
+        name="x", source={"hub": hub}, task="generation", template="{question}",
+        response="answer", category="topic",
+    )
+    try:
+        print(len(load_corpus(settings).examples))
+    except FedamoleError as error:
+        print(error)
+"""
+
+
+def test_hub_loader_reads_a_folder_and_names_what_it_cannot_reach(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    write_lines(tmp_path / "set" / "train.jsonl", ROWS)
+    # Its own process: the loader reads its environment once, when it is imported.
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", HUB, str(tmp_path / "set"), "nobody/nothing"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second = done.stdout.splitlines()
+    assert first == "3"
+    assert second.startswith("hub data set 'nobody/nothing', split 'train', cannot be loaded")

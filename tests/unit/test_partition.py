@@ -1,0 +1,142 @@
+"""The laws by which a data set is spread over clients, with the real generator."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fedamole.errors import FedamoleError
+from fedamole.partition import ClientSplit, partition, split_client
+from fedamole.settings import PartitionSettings
+
+LAWS = {
+    "dir0.1": PartitionSettings(kind="dirichlet", alpha=0.1),
+    "dir1": PartitionSettings(kind="dirichlet", alpha=1.0),
+    "dir100": PartitionSettings(kind="dirichlet", alpha=100.0),
+    "pathological2": PartitionSettings(kind="pathological", classes_per_client=2),
+    "meta1": PartitionSettings(kind="meta", classes_per_client=1),
+    "iid": PartitionSettings(kind="iid"),
+}
+CLASSES = np.random.default_rng(7).permutation(np.repeat(np.arange(6), [900, 500, 300, 60, 40, 80]))
+
+
+def draw(law: str, clients: int = 6, seed: int = 1, classes: np.ndarray = CLASSES) -> list:
+    return partition(classes, LAWS[law], clients, 10, np.random.default_rng(seed))
+
+
+def counts(shares: list[np.ndarray], classes: np.ndarray = CLASSES) -> np.ndarray:
+    return np.stack([np.bincount(classes[share], minlength=classes.max() + 1) for share in shares])
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_every_example_goes_to_exactly_one_client(law: str) -> None:
+    shares = draw(law)
+    np.testing.assert_array_equal(np.sort(np.concatenate(shares)), np.arange(len(CLASSES)))
+    assert min(map(len, shares)) >= 10
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_split_is_a_function_of_the_seed(law: str) -> None:
+    first, again, other = draw(law), draw(law), draw(law, seed=2)
+    for one, two in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, two)
+    differs = any(not np.array_equal(one, two) for one, two in zip(first, other, strict=True))
+    assert differs == (law != "meta1")
+
+
+def test_share_of_a_client_is_beta_distributed() -> None:
+    # A component of Dirichlet(a, ..., a) over K clients is Beta(a, (K - 1) a).
+    clients, alpha, size = 4, 2.0, 20_000
+    law = PartitionSettings(kind="dirichlet", alpha=alpha)
+    rng = np.random.default_rng(3)
+    draws = (partition(np.zeros(size, int), law, clients, 1, rng) for _ in range(600))
+    shares = [len(shares[2]) / size for shares in draws]
+    assert stats.kstest(shares, stats.beta(alpha, (clients - 1) * alpha).cdf).pvalue > 0.01
+
+
+def test_small_alpha_concentrates_classes_and_large_alpha_evens_them() -> None:
+    def largest_share(law: str) -> float:
+        tables = [counts(draw(law, seed=seed)) for seed in range(20)]
+        return float(np.mean([table.max(axis=0) / table.sum(axis=0) for table in tables]))
+
+    concentrated, middle, even = map(largest_share, ("dir0.1", "dir1", "dir100"))
+    assert concentrated > 0.6 > middle > 0.3 > even > 1 / 6
+    np.testing.assert_allclose(counts(draw("dir100"))[:, 0], 900 / 6, rtol=0.5)
+
+
+def test_client_that_holds_its_fair_share_gets_no_further_class() -> None:
+    for seed in range(50):
+        table = counts(draw("dir0.1", seed=seed))
+        held_before = np.cumsum(table, axis=1) - table
+        assert not table[held_before * 6 >= len(CLASSES)].any()
+
+
+def test_meta_gives_consecutive_classes_whole() -> None:
+    law = PartitionSettings(kind="meta", classes_per_client=2)
+    shares = partition(CLASSES * 5 + 3, law, 3, 10, np.random.default_rng(0))
+    assert [sorted(set(CLASSES[share])) for share in shares] == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize(("clients", "per_client"), [(6, 1), (3, 2), (10, 3), (7, 6)])
+def test_pathological_uses_all_classes_about_equally_often(clients: int, per_client: int) -> None:
+    law = PartitionSettings(kind="pathological", classes_per_client=per_client)
+    for seed in range(10):
+        shares = partition(CLASSES, law, clients, 1, np.random.default_rng(seed))
+        held = counts(shares) > 0
+        assert (held.sum(axis=1) == per_client).all()
+        assert set(held.sum(axis=0)) <= {clients * per_client // 6, -(-clients * per_client // 6)}
+
+
+def test_holders_of_a_class_share_it_evenly() -> None:
+    table = counts(draw("pathological2", clients=10))
+    for column in table.T:
+        assert np.ptp(column[column > 0]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("law", "clients", "min_examples", "message"),
+    [
+        ("dir1", 189, 10, "1880 examples cannot feed 189 clients with at least 10 each (1890)"),
+        ("iid", 4, 500, "1880 examples cannot feed 4 clients with at least 500 each (2000)"),
+        ("meta1", 7, 10, "meta1 over 7 clients needs 7 classes; the data have 6"),
+        ("meta1", 6, 50, "meta1 gives client 4 40 examples; min_examples is 50"),
+        ("pathological2", 2, 10, "needs 2 to 4 classes; the data have 6"),
+        ("dir0.1", 6, 313, "dir0.1 of 1880 examples over 6 clients: none of 10000 draws gave"),
+    ],
+)
+def test_impossible_partition_says_why(
+    law: str, clients: int, min_examples: int, message: str
+) -> None:
+    with pytest.raises(FedamoleError) as caught:
+        partition(CLASSES, LAWS[law], clients, min_examples, np.random.default_rng(0))
+    assert message in str(caught.value)
+
+
+def split(size: int, **changes: float) -> ClientSplit:
+    options = {"eval_fraction": 0.1, "test_fraction": 0.1}
+    caps = {"max_embedding": 200, "max_eval": 200, "max_test": 50}
+    rng = np.random.default_rng(5)
+    return split_client(np.arange(size) * 3, rng, client=7, **(options | caps | changes))
+
+
+def test_split_has_the_shares_of_the_paper() -> None:
+    assert {k: len(v) for k, v in split(400).parts().items()} == {
+        "train": 304,
+        "embedding": 16,
+        "eval": 40,
+        "test": 40,
+    }
+    together = np.concatenate(list(split(400).parts().values()))
+    np.testing.assert_array_equal(np.sort(together), np.arange(400) * 3)
+
+
+def test_caps_cut_their_own_set_only() -> None:
+    free, capped = split(400), split(400, max_embedding=5, max_eval=6, max_test=7)
+    assert [len(part) for part in capped.parts().values()] == [304, 5, 6, 7]
+    np.testing.assert_array_equal(free.train, capped.train)
+    np.testing.assert_array_equal(free.test[:7], capped.test)
+
+
+def test_four_examples_fill_four_sets_and_three_do_not() -> None:
+    assert [len(part) for part in split(4).parts().values()] == [1, 1, 1, 1]
+    with pytest.raises(FedamoleError, match="client 7 has 3 examples: too few"):
+        split(3)

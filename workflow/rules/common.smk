@@ -1,0 +1,205 @@
+# Names, constraints and input functions. No rules; nothing here imports torch.
+import functools
+import re
+
+from fedamole import stages
+from fedamole.config import load_config
+from fedamole.errors import FedamoleError
+from fedamole.registry import METHODS
+from fedamole.results import figure_names, table_names
+from snakemake.exceptions import WorkflowError
+
+LIBRARY = Path(workflow.basedir) / "configs"
+
+
+def load():
+    """Validate the config; a mistake ends the parse with its own line."""
+    try:
+        return load_config(config, LIBRARY, " ".join(map(str, workflow.configfiles)) or "config")
+    except FedamoleError as error:
+        raise WorkflowError(str(error)) from None
+
+
+CONFIG = load()
+RESULTS = CONFIG.results
+SCENARIOS = CONFIG.scenario_seeds()
+BACKBONE = f"{RESULTS}/backbones/{CONFIG.backbone.name}"
+RUN = f"{RESULTS}/runs/{{scenario}}/{{run}}"
+ROUND = f"{RUN}/round_{{round}}"
+TABLES = [f"{RESULTS}/tables/{name}" for name in table_names()]
+FIGURES = [f"{RESULTS}/figures/{name}" for name in figure_names(stages.results_stage(CONFIG))]
+
+# Every round adds a few levels to the graph, which Snakemake walks by recursion.
+sys.setrecursionlimit(max(sys.getrecursionlimit(), 1000 + 50 * CONFIG.rounds))
+
+
+def one_of(names):
+    """Regular expression that matches just these names; dots in them are no wildcards."""
+    return "|".join(re.escape(name) for name in names)
+
+
+wildcard_constraints:
+    scenario=one_of(SCENARIOS),
+    run=one_of(CONFIG.runs()),
+    method=one_of(CONFIG.methods),
+    round="[0-9]+",
+    client="[0-9]+",
+
+
+@functools.cache
+def settings_json(stage, *names):
+    """Canonical JSON of a stage's settings."""
+    return stages.canonical_json(getattr(stages, f"{stage}_stage")(CONFIG, *names))
+
+
+def settings(stage):
+    """Params function: what a stage depends on, and nothing else, decides whether it reruns."""
+
+    def of_job(wildcards):
+        names = [wildcards[key] for key in ("scenario", "run") if key in wildcards.keys()]
+        return settings_json(stage, *names)
+
+    return of_job
+
+
+def method_settings(wildcards):
+    """Params of a row of the tables: those of the run that it reads."""
+    return settings_json("client", wildcards.scenario, METHODS[wildcards.method].run)
+
+
+def clients_of(scenario):
+    """Names of the clients of a scenario."""
+    return [f"{client:03d}" for client in range(SCENARIOS[scenario][0].clients)]
+
+
+def shards():
+    """Cut the clients of every scenario into jobs: pairs of client names and scenarios.
+
+    With one client a job a wildcard stands for all of them. The files are the same in every case.
+    """
+    size = CONFIG.execution.clients_per_job
+    if size == 1:
+        return [(["{client}"], list(SCENARIOS))]
+    found = {}
+    for scenario in SCENARIOS:
+        clients = clients_of(scenario)
+        step = len(clients) if size == "all" else size
+        for start in range(0, len(clients), step):
+            found.setdefault(tuple(clients[start : start + step]), []).append(scenario)
+    return [(list(clients), scenarios) for clients, scenarios in found.items()]
+
+
+def client_numbers(clients):
+    """Params function: the numbers of a shard's clients.
+
+    It takes the outputs, so that Snakemake counts it as derived from them: cutting the work into other
+    jobs changes no number, and must rerun nothing.
+    """
+
+    def of_job(wildcards, output):
+        return [int(client.format(**wildcards)) for client in clients]
+
+    return of_job
+
+
+def shard_name(rule_name, clients):
+    """Name of the rule for a shard, as it stands in logs and reports."""
+    if clients == ["{client}"]:
+        return rule_name
+    return f"{rule_name}_{clients[0]}_{clients[-1]}"
+
+
+def shard_file(folder, rule_name, clients, suffix):
+    """File of one job of a shard's rule under a folder such as logs."""
+    last = "" if len(clients) == 1 else f"_{clients[-1]}"
+    stem = f"{rule_name}_{clients[0]}{last}"
+    return f"{RESULTS}/{folder}/{{scenario}}/{{run}}/round_{{round}}/{stem}.{suffix}"
+
+
+def before(name):
+    """Input function: a file of the round before."""
+
+    def of_job(wildcards):
+        return f"{ROUND}/{name}".format(
+            scenario=wildcards.scenario,
+            run=wildcards.run,
+            round=f"{int(wildcards.round) - 1:03d}",
+        )
+
+    return of_job
+
+
+def every_client(name):
+    """Input function: a file of each client of this round."""
+
+    def of_job(wildcards):
+        return expand(
+            f"{ROUND}/{name}",
+            scenario=wildcards.scenario,
+            run=wildcards.run,
+            round=wildcards.round,
+            client=clients_of(wildcards.scenario),
+        )
+
+    return of_job
+
+
+def rounds_of(row):
+    """Numbers of the rounds that a row of the tables reports."""
+    return range(1, CONFIG.rounds + 1) if row.trains else [0]
+
+
+def metrics_of_row(wildcards):
+    """Input function: the clients' metrics behind a row of the tables."""
+    row = METHODS[wildcards.method]
+    name = "metrics" if row.evaluated == "local" else "aggregated"
+    return expand(
+        f"{ROUND}/{name}_{{client}}.json",
+        scenario=wildcards.scenario,
+        run=row.run,
+        round=[f"{round_:03d}" for round_ in rounds_of(row)],
+        client=clients_of(wildcards.scenario),
+    )
+
+
+def assignments_of_row(wildcards):
+    """Input function: the assignments that the rounds of a row trained under."""
+    row = METHODS[wildcards.method]
+    return expand(
+        f"{ROUND}/assignment.h5",
+        scenario=wildcards.scenario,
+        run=row.run,
+        round=[f"{round_ - 1:03d}" for round_ in rounds_of(row) if row.assigns],
+    )
+
+
+def launcher():
+    """Command in front of what trains: torchrun for several ranks of one node, else nothing."""
+    ranks = CONFIG.training.ranks
+    if ranks == 1:
+        return "fedamole"
+    return f"torchrun --standalone --nproc-per-node {ranks} --module fedamole"
+
+
+def report_table(path):
+    """Put the tables for people into the report of `snakemake --report`."""
+    name = Path(path)
+    if name.suffix != ".md":
+        return path
+    caption = f"../report/{name.stem}_table.rst"
+    return report(path, caption=caption, category="Tables", labels={"table": name.stem})
+
+
+def report_figure(path):
+    """Put the vector figures into the report of `snakemake --report`."""
+    name = Path(path)
+    if name.suffix != ".svg":
+        return path
+    kind = name.stem.rsplit("-", 1)[-1]
+    caption = f"../report/{kind}.rst"
+    return report(path, caption=caption, category="Figures", labels={"figure": name.stem})
+
+
+METRICS = expand(
+    f"{RESULTS}/metrics/{{scenario}}/{{method}}.jsonl", scenario=SCENARIOS, method=CONFIG.methods
+)

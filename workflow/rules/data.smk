@@ -1,0 +1,65 @@
+# From sources to what every job reads: the backbone, the split, the tokens.
+
+
+rule prepare_backbone:
+    """Download, link, convert or generate the backbone, once."""
+    output:
+        directory(BACKBONE),
+    params:
+        settings=settings("backbone"),
+    log:
+        f"{RESULTS}/logs/prepare_backbone.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/prepare_backbone.tsv"
+    resources:
+        mem_mb=CONFIG.execution.mem_mb,
+    shell:
+        r"""
+        fedamole prepare-backbone \
+            --settings {params.settings:q} \
+            --out {output:q} \
+            &>{log:q}
+        """
+
+
+rule partition:
+    """Spread a data set over the clients and split each client's examples."""
+    output:
+        f"{RESULTS}/scenarios/{{scenario}}/partition.json",
+    params:
+        settings=settings("scenario"),
+    log:
+        f"{RESULTS}/logs/{{scenario}}/partition.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{{scenario}}/partition.tsv"
+    shell:
+        r"""
+        fedamole partition \
+            --settings {params.settings:q} \
+            --out {output:q} \
+            &>{log:q}
+        """
+
+
+rule tokenize:
+    """Turn every example that a client uses into tokens, once per scenario."""
+    input:
+        partition=rules.partition.output,
+        backbone=BACKBONE,
+    output:
+        directory(f"{RESULTS}/scenarios/{{scenario}}/tokens-{CONFIG.backbone.name}"),
+    params:
+        settings=settings("tokens"),
+    log:
+        f"{RESULTS}/logs/{{scenario}}/tokenize.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{{scenario}}/tokenize.tsv"
+    shell:
+        r"""
+        fedamole tokenize \
+            --settings {params.settings:q} \
+            --partition {input.partition:q} \
+            --backbone {input.backbone:q} \
+            --out {output:q} \
+            &>{log:q}
+        """

@@ -1,0 +1,67 @@
+# Tests of aggregated models, and the one file per row that tables and figures read.
+
+
+for clients, scenarios in shards():
+
+    rule:
+        name:
+            shard_name("evaluate_clients", clients)
+        input:
+            backbone=BACKBONE,
+            tokens=rules.tokenize.output,
+            pool=f"{ROUND}/pool.h5",
+        output:
+            metrics=[f"{ROUND}/aggregated_{client}.json" for client in clients],
+        wildcard_constraints:
+            scenario=one_of(scenarios),
+        params:
+            settings=settings("client"),
+            clients=client_numbers(clients),
+            launcher=lambda wildcards, output: launcher(),
+        log:
+            shard_file("logs", "evaluate_clients", clients, "log"),
+        benchmark:
+            shard_file("benchmarks", "evaluate_clients", clients, "tsv")
+        threads: CONFIG.training.ranks * CONFIG.training.cpu_threads
+        resources:
+            mem_mb=CONFIG.execution.mem_mb,
+            runtime=CONFIG.execution.runtime,
+            gpu=CONFIG.execution.gpus,
+        shell:
+            r"""
+            {params.launcher} evaluate-clients \
+                --settings {params.settings:q} \
+                --round {wildcards.round} \
+                --clients {params.clients} \
+                --backbone {input.backbone:q} \
+                --tokens {input.tokens:q} \
+                --pool {input.pool:q} \
+                --out-metrics {output.metrics:q} \
+                &>{log:q}
+            """
+
+
+rule gather:
+    """Collect the small facts of a run into one file: all that tables and figures read."""
+    input:
+        partition=rules.partition.output,
+        metrics=metrics_of_row,
+        assignments=assignments_of_row,
+    output:
+        f"{RESULTS}/metrics/{{scenario}}/{{method}}.jsonl",
+    params:
+        settings=method_settings,
+    log:
+        f"{RESULTS}/logs/{{scenario}}/gather_{{method}}.log",
+    shell:
+        r"""
+        fedamole gather \
+            --settings {params.settings:q} \
+            --scenario {wildcards.scenario:q} \
+            --method {wildcards.method:q} \
+            --partition {input.partition:q} \
+            --metrics {input.metrics:q} \
+            --assignments {input.assignments:q} \
+            --out {output:q} \
+            &>{log:q}
+        """

@@ -1,0 +1,125 @@
+# The federated rounds: round_000 is before training; round t trains from round t - 1.
+
+TRAINED = "(?!000)[0-9]+"
+
+
+rule init_server:
+    """Make the first pool, and a first assignment from random scores."""
+    input:
+        backbone=BACKBONE,
+    output:
+        pool=f"{RUN}/round_000/pool.h5",
+        assignment=f"{RUN}/round_000/assignment.h5",
+    params:
+        settings=settings("run"),
+    log:
+        f"{RESULTS}/logs/{{scenario}}/{{run}}/round_000/init_server.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{{scenario}}/{{run}}/round_000/init_server.tsv"
+    shell:
+        r"""
+        fedamole init-server \
+            --settings {params.settings:q} \
+            --backbone {input.backbone:q} \
+            --out-pool {output.pool:q} \
+            --out-assignment {output.assignment:q} \
+            &>{log:q}
+        """
+
+
+for clients, scenarios in shards():
+
+    rule:
+        name:
+            shard_name("train_clients", clients)
+        input:
+            backbone=BACKBONE,
+            tokens=rules.tokenize.output,
+            pool=before("pool.h5"),
+            assignment=before("assignment.h5"),
+        output:
+            uploads=[f"{ROUND}/client_{client}.h5" for client in clients],
+            metrics=[f"{ROUND}/metrics_{client}.json" for client in clients],
+        wildcard_constraints:
+            scenario=one_of(scenarios),
+            round=TRAINED,
+        params:
+            settings=settings("client"),
+            clients=client_numbers(clients),
+            launcher=lambda wildcards, output: launcher(),
+        log:
+            shard_file("logs", "train_clients", clients, "log"),
+        benchmark:
+            shard_file("benchmarks", "train_clients", clients, "tsv")
+        threads: CONFIG.training.ranks * CONFIG.training.cpu_threads
+        resources:
+            mem_mb=CONFIG.execution.mem_mb,
+            runtime=CONFIG.execution.runtime,
+            gpu=CONFIG.execution.gpus,
+        shell:
+            r"""
+            {params.launcher} train-clients \
+                --settings {params.settings:q} \
+                --round {wildcards.round} \
+                --clients {params.clients} \
+                --backbone {input.backbone:q} \
+                --tokens {input.tokens:q} \
+                --pool {input.pool:q} \
+                --assignment {input.assignment:q} \
+                --out-uploads {output.uploads:q} \
+                --out-metrics {output.metrics:q} \
+                &>{log:q}
+            """
+
+
+rule aggregate:
+    """Average what the clients uploaded."""
+    input:
+        pool=before("pool.h5"),
+        assignment=before("assignment.h5"),
+        uploads=every_client("client_{client}.h5"),
+    output:
+        f"{ROUND}/pool.h5",
+    wildcard_constraints:
+        round=TRAINED,
+    params:
+        settings=settings("run"),
+    log:
+        f"{RESULTS}/logs/{{scenario}}/{{run}}/round_{{round}}/aggregate.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{{scenario}}/{{run}}/round_{{round}}/aggregate.tsv"
+    shell:
+        r"""
+        fedamole aggregate \
+            --settings {params.settings:q} \
+            --pool {input.pool:q} \
+            --assignment {input.assignment:q} \
+            --uploads {input.uploads:q} \
+            --out-pool {output:q} \
+            &>{log:q}
+        """
+
+
+rule assign:
+    """Choose who holds which experts in the next round."""
+    input:
+        pool=rules.aggregate.output,
+    output:
+        f"{ROUND}/assignment.h5",
+    wildcard_constraints:
+        round=TRAINED,
+    params:
+        settings=settings("run"),
+    log:
+        f"{RESULTS}/logs/{{scenario}}/{{run}}/round_{{round}}/assign.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{{scenario}}/{{run}}/round_{{round}}/assign.tsv"
+    shell:
+        r"""
+        fedamole assign \
+            --settings {params.settings:q} \
+            --pool {input.pool:q} \
+            --out-assignment {output:q} \
+            &>{log:q}
+        """
+

@@ -1,0 +1,43 @@
+# What people read. These rules see only the metrics files, so they cannot train.
+
+
+rule tables:
+    """Write the tables: methods x scenarios, and client by client."""
+    input:
+        METRICS,
+    output:
+        [report_table(path) for path in TABLES],
+    params:
+        settings=settings("results"),
+        folder=lambda wildcards, output: Path(output[0]).parent,
+    log:
+        f"{RESULTS}/logs/tables.log",
+    shell:
+        r"""
+        fedamole tables \
+            --settings {params.settings:q} \
+            --metrics {input:q} \
+            --out-dir {params.folder:q} \
+            &>{log:q}
+        """
+
+
+rule figures:
+    """Draw the figures, each as svg and png and with the numbers it shows."""
+    input:
+        METRICS,
+    output:
+        [report_figure(path) for path in FIGURES],
+    params:
+        settings=settings("results"),
+        folder=lambda wildcards, output: Path(output[0]).parent,
+    log:
+        f"{RESULTS}/logs/figures.log",
+    shell:
+        r"""
+        fedamole figures \
+            --settings {params.settings:q} \
+            --metrics {input:q} \
+            --out-dir {params.folder:q} \
+            &>{log:q}
+        """
