@@ -1,3 +1,3 @@
-"""fedamole: federated fine-tuning of language models with a heterogeneous mixture of LoRA experts."""
+"""Federated fine-tuning of language models with a heterogeneous mixture of LoRA experts."""
 
 __version__ = "0.1.0"

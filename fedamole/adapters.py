@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from fedamole.hmole_peft import HMoLEConfig, hmole_layers
@@ -55,7 +55,7 @@ def insert_adapters(
 
 def remove_adapters(model: torch.nn.Module) -> None:
     """Give the backbone its own layers back."""
-    if hasattr(model, "unload"):
+    if isinstance(model, PeftModel):
         model.unload()
 
 

@@ -1,7 +1,7 @@
 """Files that cross a job boundary: they appear whole, say what they are, and name their parents.
 
-Torch-free. HDF5 contents are in :mod:`fedamole.pools`; here are the header, the atomic replacement and the
-JSON records.
+Torch-free. HDF5 contents are in :mod:`fedamole.pool_files`; here are the header, the atomic
+replacement and the JSON records.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ class Header:
             Names the file, what it is and what is needed.
         """
         if self.kind != kind:
-            raise FedamoleError(f"{path}: is a {self.kind} file; a {kind} file is needed")
+            raise FedamoleError(f"{path}: holds {self.kind}; {kind} is needed")
         if self.format != FORMAT_VERSION:
             raise FedamoleError(
                 f"{path}: has format {self.format}; this version of fedamole reads {FORMAT_VERSION}"
@@ -102,7 +102,7 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         os.close(handle)
-        os.unlink(name)
+        Path(name).unlink()
     except OSError as error:
         raise _storage_error(path, error) from error
     scratch = Path(name)
@@ -111,7 +111,7 @@ def replacing(path: Path) -> Iterator[Path]:
         _flush(scratch)
         if path.is_dir():
             shutil.rmtree(path)
-        os.replace(scratch, path)
+        scratch.replace(path)
     except OSError as error:
         raise _storage_error(path, error) from error
     finally:
@@ -138,6 +138,7 @@ def _storage_error(path: Path, error: OSError) -> Exception:
         errno.EROFS: "the file system is read-only",
         errno.EACCES: "permission denied",
         errno.ENOTDIR: "a part of the path is a file",
+        errno.EEXIST: "a part of the path is a file",
     }
     # HDF5 hides the number in its text ("errno = 28, error message = 'No space left ...'").
     number = next((n for n in reasons if n == error.errno or f"errno = {n}," in str(error)), None)

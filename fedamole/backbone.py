@@ -102,7 +102,9 @@ def load_backbone(folder: Path, settings: BackboneSettings) -> PreTrainedModel:
     model.requires_grad_(False)
     model.eval()
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5.23 renamed the switch.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         model.enable_input_require_grads()
     return model
 
@@ -187,10 +189,6 @@ def _convert_gguf(folder: Path, path: Path) -> None:
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
     )
-    # A model that says it is quantised would be dequantised again at every load.
-    model.config.quantization_config = None
-    del model.config.quantization_config
-    model.hf_quantizer = None
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
 

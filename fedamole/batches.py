@@ -48,9 +48,7 @@ class Batch:
         return int((self.targets != IGNORED).sum())
 
 
-def collate(
-    sequences: Sequence[np.ndarray], prompt_lengths: Sequence[int], pad_id: int
-) -> Batch:
+def collate(sequences: Sequence[np.ndarray], prompt_lengths: Sequence[int], pad_id: int) -> Batch:
     """Pad sequences on the right and mark their response tokens.
 
     Parameters

@@ -66,8 +66,8 @@ class ClientSession:
     def personalised(self, state: ClientState) -> Iterator[nn.Module]:
         """Give the backbone with a client's adapters; take them out again at the end."""
         if self._backbone is None:
-            self._backbone = load_backbone(self.folder, self.settings.run.backbone)
-            self._backbone.to(self.device)
+            backbone = load_backbone(self.folder, self.settings.run.backbone)
+            self._backbone = backbone.to(self.device)  # type: ignore[arg-type]
         model = insert_adapters(self._backbone, state, self.settings.run.adapter)
         try:
             yield model.to(self.device)

@@ -1,4 +1,4 @@
-"""A config file: a whole study, validated before anything runs, and its parts by name (torch-free)."""
+"""A config file: a whole study, validated before anything runs (torch-free)."""
 
 import difflib
 import json
@@ -37,7 +37,7 @@ class Config(Section):
     rounds: int = Field(default=30, ge=1)
     """Federated rounds R."""
     backbone: BackboneSettings
-    """The language model: a name (configs/models), the path of a YAML file, or the section itself."""
+    """The language model: a name (configs/models), the path of a file, or the section itself."""
     scenarios: list[ScenarioSettings] = Field(min_length=1)
     """The federated populations."""
     methods: list[str] = Field(min_length=1)

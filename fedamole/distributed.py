@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed
+from torch.utils import deterministic
 
 ItemT = TypeVar("ItemT")
 
@@ -23,7 +24,7 @@ def process_group(cpu_threads: int) -> Iterator[torch.device]:
     # A choice of kernel by timing would make the last bits depend on the load of the machine.
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Nothing here reads memory before writing it; filling DeepSpeed's buckets would take seconds.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -67,7 +68,7 @@ def share_of_rank(items: Sequence[ItemT]) -> list[ItemT]:
 
 
 def collect(results: Sequence[Any], total: int) -> list[Any]:
-    """Put the results for :func:`share_of_rank` of ``total`` items together, in order, on all ranks."""
+    """Undo :func:`share_of_rank` of ``total`` items: all results in order, on all ranks."""
     if world_size() == 1:
         return list(results)
     gathered: list[Any] = [None] * world_size()

@@ -1,5 +1,7 @@
 """What each figure shows, drawn from tidy rows, sized for one column of a paper."""
 
+# ruff: noqa: TID253 -- the command imports fedamole.figures only when it draws
+
 import re
 from collections.abc import Sequence
 from statistics import fmean
@@ -19,7 +21,7 @@ COLUMN_INCHES = 3.4
 MOST_COLUMNS_WITH_NUMBERS = 12
 MOST_ROWS_WITH_NUMBERS = 40
 
-# Okabe and Ito (2008): distinct under all common colour blindnesses. Yellow is last: faint on white.
+# Okabe and Ito (2008): distinct under the common colour blindnesses. Yellow, faint, is last.
 COLOURS = ("#D55E00", "#56B4E9", "#0072B2", "#000000", "#009E73", "#E69F00", "#CC79A7", "#F0E442")
 # Seven, coprime with eight colours: each of the first 56 methods has a pair of its own.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -105,7 +107,7 @@ def _label_rounds(axes: Axes, rows: Rows) -> None:
 
 
 def _draw_method(axes: Axes, rows: Rows, what: str, scale: float, last: int) -> None:
-    """Draw the mean over seeds and, as a band, their range; a dashed level for an untrained model."""
+    """Draw the mean over seeds, their range as a band; a dashed level for an untrained model."""
     method, rounds = rows[0]["method"], unique(rows, "round")
     seeds = [[scale * r[f"{what}_mean"] for r in rows if r["round"] == round_] for round_ in rounds]
     means = [fmean(values) for values in seeds]
@@ -173,7 +175,8 @@ def draw_experts(rows: Rows) -> Figure:
     axes.grid(axis="y")
     held = [[row["experts"] for row in rows if row["client"] == client] for client in clients]
     mode = max(numbers.count(number) for numbers in held for number in numbers)
-    largest = min(200.0, 2.2e4 / len(clients) ** 2)
+    # Square points that fit between the neighbours, beside and above.
+    largest = min(200, (150 / len(clients)) ** 2, (130 / (most + 1)) ** 2)
     for client, numbers in zip(clients, held, strict=True):
         _draw_distribution(axes, client, numbers, area=largest / mode)
     _draw_bounds(axes, rows[0])

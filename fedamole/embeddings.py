@@ -1,4 +1,4 @@
-"""What a client tells the server about its data: mean embeddings, one per module and held expert."""
+"""What a client tells the server of its data: mean embeddings per module and held expert."""
 
 # Axes: M = modules, N = expert rows of a group, R = rank, D = d_in
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -101,14 +101,14 @@ def rouge_of_answers(
     """
     prompts = [store.ids(row)[: store.prompt_length(row)] for row in rows]
     tokens = generate(model, prompts, store, settings, device)
-    answers = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
+    answers = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in tokens]
     scores = [rouge_l(text, store.reference(row)) for text, row in zip(answers, rows, strict=True)]
     return Score(float(np.mean(scores)), answers)
 
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: Any,
     prompts: Sequence[np.ndarray],
     store: TokenStore,
     settings: EvaluationSettings,

@@ -4,6 +4,8 @@ The middle of ``fedamole figures``: metrics in, the bytes of svg, png and csv fi
 figure shows is in :mod:`fedamole.drawing`, the numbers behind it in :mod:`fedamole.figure_data`.
 """
 
+# ruff: noqa: TID253 -- the command imports this module only when it draws
+
 import io
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -4,7 +4,6 @@ No compression, no pickle, no time stamps. What the arrays mean is in :mod:`feda
 """
 
 import contextlib
-import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,54 +29,6 @@ def _bfloat16_type() -> h5t.TypeFloatID:
     return kind
 
 
-class _DeferredErrors(io.RawIOBase):
-    """A file that takes every write, and raises the first error at the end.
-
-    HDF5 2.0 cannot close a file that it cannot write: after a full disk, Python crashes with a
-    segmentation fault. Here HDF5 closes in peace, and then the error is raised.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w+b", buffering=0)
-        self._error: OSError | None = None
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """Move; the methods are those of :class:`io.RawIOBase`."""
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        """Give the position."""
-        return self._file.tell()
-
-    def readinto(self, buffer: Any) -> int:
-        """Read what HDF5 wrote before."""
-        return self._file.readinto(buffer) or 0
-
-    def write(self, data: Any) -> int:
-        """Write all of the data, or nothing more after an error."""
-        rest = memoryview(data).cast("B")
-        try:
-            while rest and not self._error:
-                rest = rest[self._file.write(rest) :]
-        except OSError as error:
-            self._error = error
-        return len(data)
-
-    def truncate(self, size: int | None = None) -> int:
-        """Set the length."""
-        try:
-            self._file.truncate(size)
-        except OSError as error:
-            self._error = self._error or error
-        return size or 0
-
-    def finish(self) -> None:
-        """Close, and raise the first error."""
-        self._file.close()
-        if self._error:
-            raise self._error
-
-
 def write_arrays(
     path: Path, header: Header, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> None:
@@ -99,16 +50,16 @@ def write_arrays(
     FedamoleError
         If there is no space left or the folder cannot be written.
     """
-    with replacing(path) as scratch:
-        target = _DeferredErrors(scratch)
-        try:
-            with h5py.File(target, "w", libver=LIBVER) as file:
-                file.attrs["header"] = header.to_json()
-                file.attrs["facts"] = json.dumps(facts)
-                for name in sorted(arrays):
-                    _write_array(file, name, arrays[name])
-        finally:
-            target.finish()
+    # Through a Python file: HDF5's own driver crashes the process at its end after a full disk.
+    with (
+        replacing(path) as scratch,
+        scratch.open("w+b") as stream,
+        h5py.File(stream, "w", libver=LIBVER) as file,
+    ):
+        file.attrs["header"] = header.to_json()
+        file.attrs["facts"] = json.dumps(facts)
+        for name in sorted(arrays):
+            _write_array(file, name, arrays[name])
 
 
 def _write_array(file: h5py.File, name: str, array: np.ndarray) -> None:

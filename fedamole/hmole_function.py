@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
@@ -37,15 +37,18 @@ class Mixture(NamedTuple):
     """s = alpha / r."""
 
 
-def dropout_mask(shape: torch.Size, dropout: float, seed: int, like: Tensor) -> Tensor:
-    """Return the mask of inverted dropout: 0 with probability `dropout`, else 1 / (1 - dropout).
+def dropped_elements(shape: torch.Size, dropout: float, seed: int, device: torch.device) -> Tensor:
+    """Return True where an element is dropped, with probability `dropout`.
 
     A pure function of its arguments, so that the backward pass draws the mask again instead of
-    keeping one value per input element.
+    keeping one value per input element. Every element takes 16 random bits, the probability is
+    therefore exact to 2^-17; drawing them by the word is six times faster than `bernoulli_`.
     """
-    generator = torch.Generator(device=like.device).manual_seed(seed)
-    mask = torch.empty(shape, dtype=like.dtype, device=like.device)
-    return mask.bernoulli_(1.0 - dropout, generator=generator).mul_(1.0 / (1.0 - dropout))
+    generator = torch.Generator(device=device).manual_seed(seed)
+    words = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=device)
+    words.random_(-(2**63), None, generator=generator)
+    threshold = round(dropout * 2**16) - 2**15
+    return (words.view(torch.int16)[: shape.numel()] < threshold).view(shape)
 
 
 def project(
@@ -78,21 +81,22 @@ def project(
     x_TD
         The input again. Give this one to the base layer: its gradient then arrives here and is
         added to inside a matrix product instead of in a pass of its own.
-    projected_TX
-        All A x and P x without dropout; with dropout only the routed experts' A x, and P x.
-    dropped_TL
+    projected_XT
+        All A x and P x without dropout; with dropout only the routed experts' A x, and P x. Tokens
+        run along the last axis: everything between the two products is then vectorised over them.
+    dropped_LT
         All A drop(x); None without dropout.
     """
-    through_TD, projected_TX, dropped_TL = _Project.apply(
+    through_TD, projected_XT, dropped_LT = _Project.apply(
         x_TD, lora_A, token_proj, mixture, dropout, seed
     )
-    return (through_TD if x_TD.requires_grad else x_TD), projected_TX, dropped_TL
+    return (through_TD if x_TD.requires_grad else x_TD), projected_XT, dropped_LT
 
 
 def combine(
     base_TO: Tensor,
-    projected_TX: Tensor,
-    dropped_TL: Tensor | None,
+    projected_XT: Tensor,
+    dropped_LT: Tensor | None,
     lora_B: Tensor,
     token_mask_T: Tensor | None,
     num_sequences: int,
@@ -104,7 +108,7 @@ def combine(
     ----------
     base_TO
         W0 x. Its dtype is the dtype of the output.
-    projected_TX, dropped_TL
+    projected_XT, dropped_LT
         As returned by `project`.
     lora_B
         Shape (M, O, R), the shared expert last.
@@ -126,7 +130,7 @@ def combine(
         Real tokens sent to each expert, int64.
     """
     return _Combine.apply(
-        base_TO, projected_TX, dropped_TL, lora_B, token_mask_T, num_sequences, mixture
+        base_TO, projected_XT, dropped_LT, lora_B, token_mask_T, num_sequences, mixture
     )
 
 
@@ -159,65 +163,85 @@ class _Project(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.save_for_backward(x_TD, lora_A, token_proj)
         ctx.set_materialize_grads(False)
-        ctx.routed_A = mixture.num_experts if dropout else lora_A.shape[0]
+        ctx.num_routed = mixture.num_experts if dropout else lora_A.shape[0]
         ctx.dropout, ctx.seed = dropout, seed
         with _full_precision(x_TD):
             tokens_TD = x_TD.to(lora_A.dtype)
-            projected_TX = tokens_TD @ _stacked_projections(lora_A[: ctx.routed_A], token_proj).T
-            dropped_TL = None
+            stacked_XD = _stacked_projections(lora_A[: ctx.num_routed], token_proj)
+            projected_XT = _transposed(tokens_TD @ stacked_XD.T)
+            dropped_LT = None
             if dropout:
-                mask_TD = dropout_mask(tokens_TD.shape, dropout, seed, tokens_TD)
-                dropped_TL = mask_TD.mul_(tokens_TD) @ lora_A.flatten(0, 1).T
-        return x_TD.view_as(x_TD), projected_TX, dropped_TL
+                drop_TD = dropped_elements(x_TD.shape, dropout, seed, x_TD.device)
+                kept_TD = torch.where(drop_TD, tokens_TD.new_zeros(()), tokens_TD)
+                dropped_LT = _transposed(kept_TD @ lora_A.flatten(0, 1).T)
+                dropped_LT /= 1.0 - dropout
+        return x_TD.view_as(x_TD), projected_XT, dropped_LT
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_TD: Tensor | None, grad_TX: Tensor | None, grad_TL: Tensor | None
+        ctx: Any, grad_TD: Tensor | None, grad_XT: Tensor | None, grad_LT: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x_TD, lora_A, token_proj = ctx.saved_tensors
-        with _full_precision(x_TD):
-            grads = _project_backward(ctx, x_TD, lora_A, token_proj, grad_TD, grad_TX, grad_TL)
+        # Gradient checkpointing lets the saved tensors be unpacked once.
+        saved = ctx.saved_tensors
+        with _full_precision(saved[0]):
+            grads = _project_backward(ctx, saved, grad_TD, grad_XT, grad_LT)
         return (*grads, None, None, None)
 
 
 def _project_backward(
     ctx: Any,
-    x_TD: Tensor,
-    lora_A: Tensor,
-    token_proj: Tensor | None,
+    saved: tuple[Tensor, ...],
     grad_TD: Tensor | None,
-    grad_TX: Tensor | None,
-    grad_TL: Tensor | None,
+    grad_XT: Tensor | None,
+    grad_LT: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    needs_x, needs_A, needs_P = ctx.needs_input_grad[:3]
+    """Return the gradients of x, A and P."""
+    x_TD, lora_A, token_proj = saved
+    needs_x, needs_parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
     tokens_TD = x_TD.to(lora_A.dtype)
-    grad_x, grad_A, grad_P = grad_TD, None, None
-    if grad_TX is not None:
+    grad_A = grad_P = None
+    if grad_XT is not None:
         if needs_x:
-            stacked_XD = _stacked_projections(lora_A[: ctx.routed_A], token_proj)
-            grad_x = _add_product(grad_x, grad_TX, stacked_XD)
-        if needs_A or needs_P:
-            grad_XD = grad_TX.T @ tokens_TD
-            rows = ctx.routed_A * lora_A.shape[1]
-            grad_A = grad_XD[:rows].unflatten(0, (ctx.routed_A, -1)) if ctx.routed_A else None
+            stacked_XD = _stacked_projections(lora_A[: ctx.num_routed], token_proj)
+            grad_TD = _add_product(grad_TD, _transposed(grad_XT), stacked_XD)
+        if needs_parameters:
+            rows = ctx.num_routed * lora_A.shape[1]
+            grad_XD = grad_XT @ tokens_TD
+            grad_A = grad_XD[:rows].view(ctx.num_routed, *lora_A.shape[1:])
             grad_P = grad_XD[rows:] if token_proj is not None else None
-    if grad_TL is not None:
-        mask_TD = dropout_mask(tokens_TD.shape, ctx.dropout, ctx.seed, tokens_TD)
+    if grad_LT is not None:
+        grad_LT = grad_LT / (1.0 - ctx.dropout)
+        drop_TD = dropped_elements(x_TD.shape, ctx.dropout, ctx.seed, x_TD.device)
         if needs_x:
-            through_TD = (grad_TL @ lora_A.flatten(0, 1)).mul_(mask_TD)
-            grad_x = through_TD if grad_x is None else through_TD.add_(grad_x)
-        if needs_A:
-            routed_NRD = grad_A
-            grad_A = (grad_TL.T @ mask_TD.mul_(tokens_TD)).view_as(lora_A)
-            if routed_NRD is not None:
-                grad_A[: ctx.routed_A] += routed_NRD
-    return grad_x.to(x_TD.dtype) if needs_x and grad_x is not None else None, grad_A, grad_P
+            path_TD = _transposed(grad_LT) @ lora_A.flatten(0, 1)
+            path_TD.masked_fill_(drop_TD, 0.0)
+            grad_TD = path_TD if grad_TD is None else path_TD.add_(grad_TD)
+        if needs_parameters:
+            kept_TD = torch.where(drop_TD, tokens_TD.new_zeros(()), tokens_TD)
+            path_MRD = (grad_LT @ kept_TD).view_as(lora_A)
+            if grad_A is not None:
+                path_MRD[: ctx.num_routed] += grad_A
+            grad_A = path_MRD
+    if grad_TD is not None:
+        grad_TD = grad_TD.to(x_TD.dtype)
+    return grad_TD if needs_x else None, grad_A, grad_P
+
+
+def _transposed(matrix: Tensor) -> Tensor:
+    # The products with few columns run a quarter faster on rows of tokens, a copy included.
+    return matrix.T.contiguous()
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """Return total + left @ right in the dtype of the factors."""
-    return left @ right if total is None else torch.addmm(total.to(left.dtype), left, right)
+    """Return total + left @ right in the dtype of the factors, in the memory of `total`.
+
+    Only for tensors that nn.Linear has just made, its output or the gradient of its input: they
+    are held by nobody else, and a copy would cost as much as the product.
+    """
+    if total is None:
+        return left @ right
+    return total.detach().to(left.dtype).addmm_(left, right)
 
 
 class _Combine(torch.autograd.Function):
@@ -225,29 +249,27 @@ class _Combine(torch.autograd.Function):
     def forward(
         ctx: Any,
         base_TO: Tensor,
-        projected_TX: Tensor,
-        dropped_TL: Tensor | None,
+        projected_XT: Tensor,
+        dropped_LT: Tensor | None,
         lora_B: Tensor,
         token_mask_T: Tensor | None,
         num_sequences: int,
         mixture: Mixture,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with _full_precision(projected_TX):
-            p_TN, selected_TN = _route(projected_TX, mixture)
-            q_TN = p_TN * selected_TN
-            q_TN /= q_TN.sum(1, keepdim=True)
-            loss_B, slope_BN, routed_N = _balance(
-                p_TN, selected_TN, token_mask_T, num_sequences, mixture.top_k
+        with _full_precision(projected_XT):
+            p_NT, selected_NT = _route(projected_XT, mixture)
+            q_NT = p_NT * selected_NT
+            q_NT /= q_NT.sum(0)
+            loss_B, slope_NB, routed_N = _balance(
+                p_NT, selected_NT, token_mask_T, num_sequences, mixture.top_k
             )
-            lora_TMR = _lora_activations(projected_TX, dropped_TL, lora_B)
-            weighted_TMR = lora_TMR * _weights(q_TN, lora_B, mixture.scale)
-            y_TO = torch.addmm(
-                base_TO.to(lora_B.dtype), weighted_TMR.flatten(1), _stacked_outputs(lora_B)
-            ).to(base_TO.dtype)
+            lora_MRT = _lora_activations(projected_XT, dropped_LT, lora_B)
+            weighted_LT = (lora_MRT * _weights(q_NT, lora_B, mixture.scale)).flatten(0, 1)
+            y_TO = _add_product(base_TO, _transposed(weighted_LT), _stacked_outputs(lora_B))
         ctx.mixture = mixture
-        ctx.save_for_backward(projected_TX, dropped_TL, lora_B, p_TN, q_TN, slope_BN, token_mask_T)
+        ctx.save_for_backward(projected_XT, dropped_LT, lora_B, p_NT, q_NT, slope_NB, token_mask_T)
         ctx.mark_non_differentiable(routed_N)
-        return y_TO, loss_B, routed_N
+        return y_TO.to(base_TO.dtype), loss_B, routed_N
 
     @staticmethod
     @once_differentiable
@@ -262,107 +284,108 @@ class _Combine(torch.autograd.Function):
 def _combine_backward(
     mixture: Mixture, saved: tuple[Tensor, ...], grad_TO: Tensor, grad_loss_B: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the gradients of `projected_TX`, `dropped_TL` and `lora_B`."""
-    projected_TX, dropped_TL, lora_B, p_TN, q_TN, slope_BN, token_mask_T = saved
+    """Return the gradients of `projected_XT`, `dropped_LT` and `lora_B`."""
+    projected_XT, dropped_LT, lora_B, p_NT, q_NT, slope_NB, token_mask_T = saved
     grad_TO = grad_TO.to(lora_B.dtype)
     num_experts = mixture.num_experts
-    lora_TMR = _lora_activations(projected_TX, dropped_TL, lora_B)
-    weights_TM1 = _weights(q_TN, lora_B, mixture.scale)
-    grad_OL = grad_TO.T @ (lora_TMR * weights_TM1).flatten(1)
-    grad_B = grad_OL.view(-1, *lora_TMR.shape[1:]).transpose(0, 1).contiguous()
-    grad_TMR = (grad_TO @ _stacked_outputs(lora_B).T).view_as(lora_TMR)
-    grad_q_TN = (grad_TMR[:, :num_experts] * lora_TMR[:, :num_experts]).sum(2) * mixture.scale
-    grad_TMR *= weights_TM1
+    lora_MRT = _lora_activations(projected_XT, dropped_LT, lora_B)
+    weights_M1T = _weights(q_NT, lora_B, mixture.scale)
+    grad_LO = (lora_MRT * weights_M1T).flatten(0, 1) @ grad_TO
+    grad_B = grad_LO.view(*lora_MRT.shape[:2], -1).transpose(1, 2).contiguous()
+    grad_MRT = _transposed(grad_TO @ _stacked_outputs(lora_B).T).view_as(lora_MRT)
+    grad_q_NT = (grad_MRT[:num_experts] * lora_MRT[:num_experts]).sum(1).mul_(mixture.scale)
+    grad_MRT *= weights_M1T
 
-    grad_p_TN = _balance_backward(grad_loss_B, slope_BN, token_mask_T, p_TN)
-    grad_scores_TN = _softmax_backward(q_TN, grad_q_TN) + _softmax_backward(p_TN, grad_p_TN)
-    grad_routing = _scores_backward(grad_scores_TN, projected_TX, mixture)
-    if dropped_TL is not None:
-        return torch.cat(grad_routing, 1), grad_TMR.flatten(1), grad_B
-    grad_TL = grad_TMR.flatten(1)
-    grad_TL[:, : num_experts * mixture.rank] += grad_routing[0]
-    return torch.cat((grad_TL, grad_routing[1]), 1), None, grad_B
+    grad_p_NT = _balance_backward(grad_loss_B, slope_NB, token_mask_T, p_NT)
+    grad_scores_NT = _softmax_backward(q_NT, grad_q_NT) + _softmax_backward(p_NT, grad_p_NT)
+    grad_experts_NRT, grad_token_RT = _scores_backward(grad_scores_NT, projected_XT, mixture)
+    if dropped_LT is None:
+        grad_MRT[:num_experts] += grad_experts_NRT
+        return torch.cat((grad_MRT.flatten(0, 1), grad_token_RT)), None, grad_B
+    grad_XT = torch.cat((grad_experts_NRT.flatten(0, 1), grad_token_RT))
+    return grad_XT, grad_MRT.flatten(0, 1), grad_B
 
 
-def _lora_activations(projected_TX: Tensor, dropped_TL: Tensor | None, lora_B: Tensor) -> Tensor:
-    """Return A_i drop(x) of every expert held, shape (T, M, R)."""
+def _lora_activations(projected_XT: Tensor, dropped_LT: Tensor | None, lora_B: Tensor) -> Tensor:
+    """Return A_i drop(x) of every expert held, shape (M, R, T)."""
     num_held, _, rank = lora_B.shape
-    if dropped_TL is None:
-        dropped_TL = projected_TX[:, : num_held * rank]
-    return dropped_TL.unflatten(1, (num_held, rank))
+    if dropped_LT is None:
+        dropped_LT = projected_XT[: num_held * rank]
+    return dropped_LT.unflatten(0, (num_held, rank))
 
 
-def _weights(q_TN: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    """Return s q for the routed experts and s for the shared one, shape (T, M, 1)."""
-    num_shared = lora_B.shape[0] - q_TN.shape[1]
-    return nn.functional.pad(q_TN, (0, num_shared), value=1.0).mul_(scale).unsqueeze(2)
+def _weights(q_NT: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+    """Return s q for the routed experts and s for the shared one, shape (M, 1, T)."""
+    num_shared = lora_B.shape[0] - q_NT.shape[0]
+    weights_MT = torch.cat((q_NT, q_NT.new_ones(num_shared, q_NT.shape[1])))
+    return weights_MT.mul_(scale).unsqueeze(1)
 
 
-def _embeddings(projected_TX: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
-    """Return the expert embeddings e, shape (T, N, R), and the token embeddings t, (T, 1, R)."""
+def _embeddings(projected_XT: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
+    """Return the expert embeddings e, shape (N, R, T), and the token embeddings t, (R, T)."""
     num_experts, rank = mixture.num_experts, mixture.rank
-    experts_TNR = projected_TX[:, : num_experts * rank].unflatten(1, (num_experts, rank))
-    return experts_TNR, projected_TX[:, -rank:].unsqueeze(1)
+    experts_NRT = projected_XT[: num_experts * rank].unflatten(0, (num_experts, rank))
+    return experts_NRT, projected_XT[-rank:]
 
 
-def _route(projected_TX: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
-    """Return p and the 0/1 selection of the top k, both of shape (T, N)."""
+def _route(projected_XT: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
+    """Return p and the 0/1 selection of the top k, both of shape (N, T)."""
     if mixture.num_experts == 0:
-        nothing_TN = projected_TX[:, :0]
-        return nothing_TN, nothing_TN
-    experts_TNR, token_T1R = _embeddings(projected_TX, mixture)
-    scores_TN = (experts_TNR * token_T1R).sum(2).mul_(mixture.rank**-0.5)
-    top_TK = scores_TN.topk(mixture.top_k, dim=1, sorted=False).indices
-    selected_TN = torch.zeros_like(scores_TN).scatter_(1, top_TK, 1.0)
-    return scores_TN.softmax(1), selected_TN
+        nothing_NT = projected_XT.new_empty(0, projected_XT.shape[1])
+        return nothing_NT, nothing_NT
+    experts_NRT, token_RT = _embeddings(projected_XT, mixture)
+    scores_NT = (experts_NRT * token_RT).sum(1).mul_(mixture.rank**-0.5)
+    top_KT = scores_NT.topk(mixture.top_k, dim=0, sorted=False).indices
+    selected_NT = torch.zeros_like(scores_NT).scatter_(0, top_KT, 1.0)
+    return scores_NT.softmax(0), selected_NT
 
 
 def _scores_backward(
-    grad_scores_TN: Tensor, projected_TX: Tensor, mixture: Mixture
+    grad_scores_NT: Tensor, projected_XT: Tensor, mixture: Mixture
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of e, shape (T, N * R), and of t, shape (T, R) or (T, 0) if N = 0."""
+    """Return the gradients of e, shape (N, R, T), and of t, shape (R, T); (0, T) if N = 0."""
     if mixture.num_experts == 0:
-        return grad_scores_TN, grad_scores_TN
-    experts_TNR, token_T1R = _embeddings(projected_TX, mixture)
-    grad_TN1 = (grad_scores_TN * mixture.rank**-0.5).unsqueeze(2)
-    return (grad_TN1 * token_T1R).flatten(1), (grad_TN1 * experts_TNR).sum(1)
+        return grad_scores_NT.unsqueeze(1), grad_scores_NT
+    experts_NRT, token_RT = _embeddings(projected_XT, mixture)
+    grad_N1T = (grad_scores_NT * mixture.rank**-0.5).unsqueeze(1)
+    return grad_N1T * token_RT, (grad_N1T * experts_NRT).sum(0)
 
 
-def _softmax_backward(p_TN: Tensor, grad_TN: Tensor) -> Tensor:
+def _softmax_backward(p_NT: Tensor, grad_NT: Tensor) -> Tensor:
     """Return p * (grad - <p, grad>).
 
     It serves q as well: q is the softmax over the selected experts, and 0 elsewhere.
     """
-    weighted_TN = p_TN * grad_TN
-    return weighted_TN - p_TN * weighted_TN.sum(1, keepdim=True)
+    weighted_NT = p_NT * grad_NT
+    return weighted_NT - p_NT * weighted_NT.sum(0)
 
 
 def _balance(
-    p_TN: Tensor, selected_TN: Tensor, token_mask_T: Tensor | None, num_sequences: int, top_k: int
+    p_NT: Tensor, selected_NT: Tensor, token_mask_T: Tensor | None, num_sequences: int, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss per sequence, its slope in p at a real token (B, N), and the counts (N)."""
-    num_tokens, num_experts = p_TN.shape
-    p_BTN = p_TN.unflatten(0, (num_sequences, num_tokens // num_sequences))
-    selected_BTN = selected_TN.view_as(p_BTN)
+    """Return the loss per sequence, its slope in p at a real token (N, B), and the counts (N)."""
+    num_experts, num_tokens = p_NT.shape
+    p_NBT = p_NT.unflatten(1, (num_sequences, num_tokens // num_sequences))
+    selected_NBT = selected_NT.view_as(p_NBT)
     if token_mask_T is None:
-        tokens_B1: Tensor | int = p_BTN.shape[1]
+        tokens_B: Tensor | int = p_NBT.shape[2]
     else:
-        mask_BT1 = token_mask_T.view(num_sequences, -1, 1).to(p_TN.dtype)
-        tokens_B1 = mask_BT1.sum(1).clamp_(min=1.0)
-        p_BTN, selected_BTN = p_BTN * mask_BT1, selected_BTN * mask_BT1
-    counts_BN = selected_BTN.sum(1)
-    slope_BN = counts_BN * (num_experts / top_k) / (tokens_B1 * tokens_B1)
-    loss_B = (p_BTN.sum(1) * slope_BN).sum(1)
-    return loss_B, slope_BN, counts_BN.sum(0).to(torch.int64)
+        mask_BT = token_mask_T.view(p_NBT.shape[1:]).to(p_NT.dtype)
+        tokens_B = mask_BT.sum(1).clamp_(min=1.0)
+        p_NBT, selected_NBT = p_NBT * mask_BT, selected_NBT * mask_BT
+    counts_NB = selected_NBT.sum(2)
+    slope_NB = counts_NB * (num_experts / top_k) / (tokens_B * tokens_B)
+    loss_B = (p_NBT.sum(2) * slope_NB).sum(0)
+    return loss_B, slope_NB, counts_NB.sum(1).to(torch.int64)
 
 
 def _balance_backward(
-    grad_loss_B: Tensor, slope_BN: Tensor, token_mask_T: Tensor | None, p_TN: Tensor
+    grad_loss_B: Tensor, slope_NB: Tensor, token_mask_T: Tensor | None, p_NT: Tensor
 ) -> Tensor:
-    """Return the gradient that the balance loss sends to p, shape (T, N)."""
-    num_sequences, num_experts = slope_BN.shape
-    grad_B1N = (grad_loss_B.unsqueeze(1) * slope_BN).unsqueeze(1)
-    grad_BTN = grad_B1N.expand(num_sequences, p_TN.shape[0] // num_sequences, num_experts)
+    """Return the gradient that the balance loss sends to p, shape (N, T)."""
+    num_experts, num_sequences = slope_NB.shape
+    grad_NB1 = (grad_loss_B * slope_NB).unsqueeze(2)
+    grad_NBT = grad_NB1.expand(num_experts, num_sequences, p_NT.shape[1] // num_sequences)
     if token_mask_T is not None:
-        grad_BTN = grad_BTN * token_mask_T.view(num_sequences, -1, 1)
-    return grad_BTN.reshape_as(p_TN)
+        grad_NBT = grad_NBT * token_mask_T.view(grad_NBT.shape[1:])
+    return grad_NBT.reshape_as(p_NT)

@@ -58,8 +58,8 @@ def partition(
 ) -> list[np.ndarray]:
     """Spread examples over clients.
 
-    ``dirichlet`` follows Hsu et al. 2019 (arXiv:1909.06335) with the balancing rule of Li et al. 2022
-    (NIID-Bench, arXiv:2102.02079), ``pathological`` McMahan et al. 2017 (arXiv:1602.05629).
+    ``dirichlet`` follows Hsu et al. 2019 (arXiv:1909.06335) with the balancing rule of Li et al.
+    2022 (NIID-Bench, arXiv:2102.02079), ``pathological`` McMahan et al. 2017 (arXiv:1602.05629).
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """Records of a metrics file, the only interface between training and the tables (torch-free).
 
 A metrics file, one per scenario, seed and method, is JSON lines: the header of kind
-:data:`KIND`, then the records below in any order: one run, one partition, a client record per client
-and round, and an assignment record per round for a method with experts.
+:data:`KIND`, then the records below in any order: one run, one partition, a client record per
+client and round, and an assignment record per round for a method with experts.
 """
 
 from typing import Literal

@@ -1,7 +1,7 @@
 """The table of methods: every row a config may ask for, and the run whose outputs it reads.
 
-Torch-free, because the Snakefile reads it. Adding a method is a module in ``fedamole/methods`` and a
-line here.
+Torch-free, because the Snakefile reads it. Adding a method is a module in ``fedamole/methods`` and
+a line here.
 """
 
 from dataclasses import dataclass

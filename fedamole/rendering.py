@@ -37,8 +37,8 @@ class Column:
     best
         Which numbers are better; None ranks nothing.
     gain
-        Gain of the reference method, as a fraction; None leaves the field empty, not a number prints
-        ``n/a``.
+        Gain of the reference method, as a fraction; None leaves the field empty, not a number
+        prints ``n/a``.
     """
 
     title: str

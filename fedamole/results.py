@@ -1,6 +1,6 @@
 """Results of a study: its metrics files, read and checked, and the files that come out of them.
 
-Light on purpose (no torch, no matplotlib): the Snakefile asks here which files a command will write.
+Light on purpose (no torch, no matplotlib): the Snakefile asks here which files a command writes.
 """
 
 import csv

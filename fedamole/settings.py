@@ -1,7 +1,7 @@
 """Every setting of a run: its meaning, unit, default and limits, in one place (torch-free).
 
-A config file is made of these sections (:mod:`fedamole.config`); a command gets those that its stage
-depends on (:mod:`fedamole.stages`).
+A config file is made of these sections (:mod:`fedamole.config`); a command gets those that its
+stage depends on (:mod:`fedamole.stages`).
 """
 
 import re
@@ -99,14 +99,14 @@ class SourceSettings(Section):
     splits: list[str] = Field(default=["train"], min_length=1)
     """Splits that are pooled before partitioning; of a hub data set or of Natural Instructions."""
     files: list[str] = Field(default=[])
-    """Files or glob patterns, read in sorted order: .jsonl, .json, .csv, .parquet, also .gz. For
-    ``natural-instructions`` the folder that holds tasks/ and splits/."""
+    """Files or glob patterns, read in sorted order: .jsonl, .json, .csv, .parquet, also .gz; seen
+    from the working directory. For ``natural-instructions`` the folder with tasks/ and splits/."""
     package: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     """Installed Python package that the files are relative to; it is not imported."""
     layout: Literal["records", "conversations", "natural-instructions"] = "records"
-    """How rows lie in the files. ``records``: one object per row. ``conversations``: YAML with lists
-    of turns, every question with the answer that follows it. ``natural-instructions``: its v2.8
-    folder."""
+    """How rows lie in the files. ``records``: one object per row. ``conversations``: YAML with
+    lists of turns, every question with the answer that follows it. ``natural-instructions``: its
+    v2.8 folder."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "SourceSettings":

@@ -131,9 +131,7 @@ def scenario_stage(config: Config, scenario: str) -> ScenarioStage:
 
 def tokens_stage(config: Config, scenario: str) -> TokensStage:
     """Settings of ``tokenize`` for a scenario slug."""
-    return TokensStage(
-        scenario=scenario_stage(config, scenario), backbone=backbone_stage(config)
-    )
+    return TokensStage(scenario=scenario_stage(config, scenario), backbone=backbone_stage(config))
 
 
 def run_stage(config: Config, scenario: str, run: str) -> RunStage:

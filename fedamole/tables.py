@@ -106,8 +106,8 @@ def over_seeds(values: Sequence[float]) -> Cell:
 def gain(cells: dict[str, Cell], reference: str) -> float | None:
     """Relative gain of the reference method over the best of the others, as a fraction.
 
-    None if there is nothing to compare: the reference is not in the table, or nothing else is. Not a
-    number if the best of the others is 0, over which no relative gain exists.
+    None if there is nothing to compare: the reference is not in the table, or nothing else is. Not
+    a number if the best of the others is 0, over which no relative gain exists.
     """
     others = [cell.mean for method, cell in cells.items() if method != reference]
     if reference not in cells or not others:
@@ -145,7 +145,7 @@ def clients_columns(metrics: Metrics, settings: ResultsStage) -> dict[str, list[
 
 
 def _client_columns(scores: dict[str, list[float]]) -> list[Column]:
-    """Columns for clients 0 .. K - 1 and what sums them up, from method -> scores of the clients."""
+    """Columns for clients 0 .. K - 1 and their summary, from method -> scores of the clients."""
     clients = range(len(next(iter(scores.values()))))
     columns = [
         Column(

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from fedamole import distributed
 from fedamole.batches import IGNORED, Batch
+from fedamole.errors import FedamoleError
 from fedamole.hmole_peft import balance_loss, hmole_layers, routed_tokens
 from fedamole.randomness import derive_seed
 from fedamole.settings import TrainingSettings
@@ -176,14 +177,26 @@ def train(
             engine.step()
             loss += token.detach()
         losses.append(loss)
+    means = _over_ranks(torch.stack(losses)).tolist()
     seconds = time.monotonic() - started
+    _check_finite(means, place)
     return TrainingRecord(
         steps=len(steps),
-        loss_first=float(_over_ranks(losses[0])),
-        loss_last=float(_over_ranks(losses[-1])),
+        loss_first=means[0],
+        loss_last=means[-1],
         seconds=seconds,
         routed_tokens={name: _over_ranks(n).cpu().numpy() for name, n in counts.items()},
     )
+
+
+def _check_finite(losses: Sequence[float], place: LocalTraining) -> None:
+    """Refuse a training that diverged, before its tensors spoil the mean of all clients."""
+    for step, loss in enumerate(losses, start=1):
+        if not math.isfinite(loss):
+            raise FedamoleError(
+                f"round {place.round} client {place.client}: the loss of step {step} is {loss}; "
+                "try a lower training: learning_rate, or gradient_clipping"
+            )
 
 
 def _over_ranks(part: torch.Tensor) -> torch.Tensor:

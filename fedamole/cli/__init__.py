@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -19,6 +20,7 @@ MODULES = (
     "server",
     "gather",
     "results",
+    "show",
     "pool",
     "schema",
 )
@@ -37,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         format="%(asctime)s %(message)s",
         datefmt="%H:%M:%S",
     )
+    # Said once per job by a library two layers down, about an attribute that nobody here reads.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed")
     # The libraries below report every file they look for.
     for name in ("httpx", "httpcore", "huggingface_hub", "filelock", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,11 +1,11 @@
 """The command that makes the frozen backbone ready."""
 
 import argparse
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from fedamole.artifacts import Header, replacing, write_record
+from fedamole.cli.libraries import prepare_libraries
 from fedamole.config import parse
 from fedamole.settings import DatasetSettings
 from fedamole.stages import BackboneStage, digest
@@ -23,8 +23,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run_prepare_backbone(args: argparse.Namespace) -> None:
     """Write the backbone's folder, and the facts that the torch-free stages need."""
-    # One file format and one folder for all sources; nothing may reach the network by surprise.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    prepare_libraries(offline=False)
     from fedamole.backbone import describe, prepare_backbone
 
     settings = parse(BackboneStage, args.settings, "--settings")

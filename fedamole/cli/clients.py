@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedamole.artifacts import Header, read_record, sha256, write_record
+from fedamole.cli.libraries import prepare_libraries
 from fedamole.config import parse
 from fedamole.errors import FedamoleError
 from fedamole.stages import ClientStage, digest
@@ -85,16 +86,11 @@ def run_evaluate_clients(args: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def _session(args: argparse.Namespace, settings: ClientStage) -> "Iterator[ClientSession]":
     """Load what the clients of this job share."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Everything is on disk by now; a look at the hub would cost seconds or fail on a compute node.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers.utils.logging import disable_progress_bar
-
+    prepare_libraries(offline=True)
     from fedamole.client import ClientSession
     from fedamole.datasets.tokens import TokenStore
     from fedamole.distributed import process_group
 
-    disable_progress_bar()
     read_record(args.backbone / "backbone.json", "backbone", digest(settings.run.tokens.backbone))
     store = TokenStore.open(args.tokens, digest(settings.run.tokens))
     clients = settings.run.scenario.clients

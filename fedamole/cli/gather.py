@@ -56,7 +56,7 @@ def run_gather(args: argparse.Namespace) -> None:
         _run_record(args.scenario, args.method, settings, clients),
         {"record": "partition", "classes": partition["classes"], "counts": partition["counts"]},
         *_client_records(clients),
-        *(_assignment_record(assignment) for assignment in assignments),
+        *(_assignment_record(assignment, settings) for assignment in assignments),
     ]
     with replacing(args.out) as scratch:
         scratch.write_text("".join(canonical(record) + "\n" for record in records))
@@ -84,8 +84,9 @@ def _client_records(clients: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {"record": "client", **{field: record[field] for field in CLIENT_FIELDS}}
 
 
-def _assignment_record(assignment: Assignment) -> dict[str, Any]:
+def _assignment_record(assignment: Assignment, settings: ClientStage) -> dict[str, Any]:
     """Clients that hold each expert, module by module."""
+    fewest, most = settings.run.assignment.bounds(settings.run.adapter.top_k)
     holders = [
         [[int(k) for k in row_K.nonzero()[0]] for row_K in module_EK]
         for module_EK in assignment.holders_MEK
@@ -96,5 +97,7 @@ def _assignment_record(assignment: Assignment) -> dict[str, Any]:
         "modules": list(assignment.modules),
         "num_experts": assignment.holders_MEK.shape[1],
         "holders": holders,
+        "min_experts": fewest,
+        "max_experts": most,
         "objective": [float(value) for value in assignment.objective_M],
     }

@@ -33,5 +33,5 @@ def run_init_server(args: argparse.Namespace) -> None:
     assignment = method.assign(settings, pool, 1)
     header = Header("pool", digest(settings), {"backbone": sha256(record_path)})
     write_pool(args.out_pool, header, pool)
-    parents = {"pool": sha256(args.out_pool)}
-    write_assignment(args.out_assignment, Header("assignment", digest(settings), parents), assignment)
+    header = Header("assignment", digest(settings), {"pool": sha256(args.out_pool)})
+    write_assignment(args.out_assignment, header, assignment)

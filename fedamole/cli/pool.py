@@ -36,7 +36,7 @@ def run_show(args: argparse.Namespace) -> None:
         "assignment": _assignment,
     }
     if header.kind not in kinds:
-        raise FedamoleError(f"{args.file}: is a {header.kind} file; allowed: {', '.join(kinds)}")
+        raise FedamoleError(f"{args.file}: holds {header.kind}; allowed: {', '.join(kinds)}")
     print("\n".join([*_header(header), *kinds[header.kind](args.file)]))
 
 
@@ -105,22 +105,19 @@ def _assignment(path: Path) -> list[str]:
 
     assignment = read_assignment(path)
     modules, experts, clients = assignment.holders_MEK.shape
-    lines = ["", *table([("for round", assignment.round), ("solver", assignment.solver)])]
-    lines += table([("modules", modules), ("experts", experts), ("clients", clients)])
+    facts = [("for round", assignment.round), ("solver", assignment.solver)]
+    facts += [("modules", modules), ("experts per module", experts), ("clients", clients)]
+    lines = ["", *table(facts)]
     if not experts:
         return [*lines, "", "Without domain experts: all clients hold the same."]
     loads = _loads(assignment.modules, assignment.holders_MEK, assignment.objective_M)
     rows = [
-        (module, *(_indices(assignment.holders_MEK[m, :, k]) for k in range(clients)))
+        (module, client, " ".join(map(str, assignment.holders_MEK[m, :, client].nonzero()[0])))
         for m, module in enumerate(assignment.modules)
+        for client in range(clients)
     ]
-    head = ("module", *(f"client {k}" for k in range(clients)))
-    return [*lines, "", "Experts per client", *loads, "", "Who holds what", *table(rows, head)]
-
-
-def _indices(held_E: "np.ndarray") -> str:
-    """List experts by index."""
-    return ",".join(str(expert) for expert in held_E.nonzero()[0])
+    held = table(rows, ("module", "client", "experts"))
+    return [*lines, "", "Experts per client", *loads, "", "Who holds what", *held]
 
 
 def _loads(
@@ -140,13 +137,22 @@ def _tensors(groups: "Mapping[str, PoolGroup] | Mapping[str, ClientGroup]") -> l
     """Tabulate the tensors of all groups with shape, dtype and size."""
     if not groups:
         return ["No tensors: nothing is trained."]
-    rows = [
-        (name, f"{part}/{key}", _shape(array), _dtype(array), f"{array.nbytes / 2**20:.3f}")
+    arrays = {
+        (name, f"{part}/{key}"): array
         for name, group in groups.items()
         for part in ("experts", "shared")
         for key, array in getattr(group, part).items()
+    }
+    rows = [
+        (*key, _shape(array), _dtype(array), _mib(array.nbytes)) for key, array in arrays.items()
     ]
+    rows += [("total", "", "", "", _mib(sum(array.nbytes for array in arrays.values())))]
     return table(rows, ("group", "tensor", "shape", "dtype", "MiB"))
+
+
+def _mib(size: int) -> str:
+    """Write a number of bytes in MiB."""
+    return f"{size / 2**20:.3f}"
 
 
 def _shape(array: "np.ndarray") -> str:

@@ -183,7 +183,7 @@ def _csv_rows(file: BinaryIO, path: Path) -> Iterator[Row]:
     reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
     line = 1
     try:
-        header = next(reader, [])
+        header = next(filter(None, reader), [])
         line = reader.line_num + 1
         for values in reader:
             if values and len(values) != len(header):

@@ -117,7 +117,7 @@ def read_partition(path: Path, digest: str | None = None) -> Partition:
             content["dropped"],
             content["corpus"],
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise FedamoleError(f"{path}: is not a whole partition record ({error!r})") from error
 
 

@@ -113,7 +113,7 @@ class TokenStore:
                 cut=meta["cut"],
             )
             _check_sizes(store, meta["sequences"], meta["tokens"], path)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise FedamoleError(f"{path}: is not a whole token store ({error!r})") from error
         return store
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def init_adapters(settings: RunStage, modules: Sequence[ModuleShape], num_experts: int) -> Pool:
-    """Make a pool of LoRA experts: A and P Kaiming-uniform, B zero, so that the model is the backbone.
+    """Make a pool of LoRA experts: A and P Kaiming-uniform, B zero; the model is the backbone.
 
     Every expert of every module draws from a stream of its own. Without domain experts there is
     nothing to route, hence no token projection.
@@ -39,8 +39,7 @@ def init_adapters(settings: RunStage, modules: Sequence[ModuleShape], num_expert
     """
     groups = {}
     for name, shapes in group_modules(modules).items():
-        rank, width, height = settings.adapter.rank, shapes[0].in_features, shapes[0].out_features
-        count = len(shapes)
+        rank, height, count = settings.adapter.rank, shapes[0].out_features, len(shapes)
         experts, shared = {}, {}
         if num_experts:
             experts = {

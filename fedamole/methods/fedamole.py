@@ -1,4 +1,4 @@
-"""FedAMoLE: clients hold different experts, and the experts choose the clients (arXiv:2411.19128)."""
+"""FedAMoLE: clients hold different experts, and experts choose clients (arXiv:2411.19128)."""
 
 from collections.abc import Sequence
 
@@ -29,9 +29,7 @@ def assign(settings: RunStage, pool: Pool, round_: int) -> Assignment:
         scores_MEK = score_experts(
             pool.provenance.expert_embeddings_MER, pool.provenance.client_embeddings_MKR
         )
-    return assign_all(
-        scores_MEK, settings.assignment, settings.adapter.top_k, pool.modules, round_
-    )
+    return assign_all(scores_MEK, settings.assignment, settings.adapter.top_k, pool.modules, round_)
 
 
 METHOD = Method(

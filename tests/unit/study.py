@@ -1,4 +1,4 @@
-"""A made-up study for the tests of tables and figures: metrics files as ``fedamole gather`` writes them."""
+"""A made-up study: metrics files as ``fedamole gather`` writes them."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ Score = Callable[[str, str, int, int], float]
 
 @dataclass(frozen=True)
 class Study:
-    """Sizes of a made-up study, and its scores as a function of scenario slug, method, round, client."""
+    """Sizes of the study; its scores and losses by scenario slug, method, round and client."""
 
     score: Score
     loss: Score
@@ -31,10 +31,10 @@ class Study:
     experts: int = 8
     holders: int = 2
     metric: str = "rouge_l"
-    tables: TablesSettings = TablesSettings()
+    tables: TablesSettings = field(default_factory=TablesSettings)
 
     def settings(self) -> ResultsStage:
-        """Settings that a config of this study would give."""
+        """Give the settings that a config of this study would."""
         return ResultsStage(
             tables=self.tables,
             methods=list(self.methods),
@@ -48,7 +48,9 @@ class Study:
     def write(self, folder: Path) -> list[Path]:
         """Write one file per scenario, seed and method."""
         return [
-            write_lines(folder / f"{name}-s{seed}" / f"{method}.jsonl", self.lines(name, seed, method))
+            write_lines(
+                folder / f"{name}-s{seed}" / f"{method}.jsonl", self.lines(name, seed, method)
+            )
             for name, seeds in self.scenarios.items()
             for seed in seeds
             for method in self.methods
@@ -90,9 +92,14 @@ class Study:
         }
 
     def _assignment(self, rng: np.random.Generator, round_: int) -> dict[str, Any]:
-        projections = [f"model.layers.{m // 2}.self_attn.{'qv'[m % 2]}_proj" for m in range(self.modules)]
+        projections = [
+            f"model.layers.{m // 2}.self_attn.{'qv'[m % 2]}_proj" for m in range(self.modules)
+        ]
         holders = [
-            [sorted(rng.permutation(self.clients)[: self.holders].tolist()) for _ in range(self.experts)]
+            [
+                sorted(rng.permutation(self.clients)[: self.holders].tolist())
+                for _ in range(self.experts)
+            ]
             for _ in projections
         ]
         return {

@@ -30,7 +30,7 @@ def all_assignments(experts, clients, choices, fewest, most):
 
 
 def milp_objective(scores_EK, choices, fewest, most):
-    """The optimum by HiGHS (scipy's own copy)."""
+    """Compute the optimum by HiGHS (scipy's own copy)."""
     experts, clients = scores_EK.shape
     rows = np.kron(np.eye(experts), np.ones(clients))
     columns = np.kron(np.ones(experts), np.eye(clients))

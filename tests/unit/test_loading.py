@@ -221,7 +221,7 @@ def test_contradictory_settings_are_refused(change: dict[str, Any], message: str
     assert message in str(caught.value)
 
 
-# ------------------------------------------------------------------ data sets that come with configs
+# ---------------------------------------------------------------- data sets that come with configs
 
 
 def load_config_set(configs: Path, name: str, **source: Any) -> Corpus:
@@ -313,7 +313,9 @@ def test_broken_conversations_are_refused(tmp_path: Path, content: str, message:
     (tmp_path / "c.yml").write_text(content)
     source = {"files": [str(tmp_path / "c.yml")], "layout": "conversations"}
     with pytest.raises(FedamoleError) as caught:
-        load_corpus(generation([], source=source, fields={}, response="response", category="category"))
+        load_corpus(
+            generation([], source=source, fields={}, response="response", category="category")
+        )
     assert message in str(caught.value)
 
 

@@ -111,11 +111,12 @@ def test_impossible_partition_says_why(
     assert message in str(caught.value)
 
 
-def split(size: int, **changes: float) -> ClientSplit:
-    options = {"eval_fraction": 0.1, "test_fraction": 0.1}
-    caps = {"max_embedding": 200, "max_eval": 200, "max_test": 50}
+def split(size: int, **changes: int) -> ClientSplit:
+    caps = {"max_embedding": 200, "max_eval": 200, "max_test": 50} | changes
     rng = np.random.default_rng(5)
-    return split_client(np.arange(size) * 3, rng, client=7, **(options | caps | changes))
+    return split_client(
+        np.arange(size) * 3, rng, client=7, eval_fraction=0.1, test_fraction=0.1, **caps
+    )
 
 
 def test_split_has_the_shares_of_the_paper() -> None:

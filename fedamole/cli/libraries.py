@@ -1,0 +1,27 @@
+"""Settings of the libraries below, made before they are imported."""
+
+import os
+
+
+def prepare_libraries(offline: bool) -> None:
+    """Keep the libraries quiet in a batch log and off the network.
+
+    Parameters
+    ----------
+    offline
+        Whether everything that is needed is on disk by now: a look at the hub would cost seconds,
+        or fail on a compute node.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if offline:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+
+    if not torch.cuda.is_available():
+        # Otherwise DeepSpeed warns that it could not detect an accelerator.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    disable_progress_bars()

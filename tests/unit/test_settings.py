@@ -1,0 +1,189 @@
+"""Configs: names are looked up, mistakes are explained, digests follow the settings."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedamole import stages
+from fedamole.config import Config, load_config, parse, read_yaml
+from fedamole.errors import FedamoleError
+from fedamole.settings import AssignmentSettings, PartitionSettings, TrainingSettings
+
+
+@pytest.fixture
+def smoke(configs: Path) -> dict[str, Any]:
+    """The smoke config as it stands in its file."""
+    return yaml.safe_load((configs / "smoke.yaml").read_text())
+
+
+def change(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """Set one value, given by its path such as ``training.steps``."""
+    *parents, last = path.split(".")
+    inner: Any = config
+    for part in parents:
+        inner = inner[int(part)] if isinstance(inner, list) else inner.setdefault(part, {})
+    inner[last] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("roundz", 3, "roundz: is not a setting (value 3); did you mean rounds? allowed: "),
+        ("training.lr", 1, "training: lr: is not a setting (value 1); "),
+        ("methods", ["fedamol"], "method 'fedamol' is unknown; allowed: fedamole, fedit"),
+        ("methods", ["fedit", "fedit"], "method 'fedit' stands twice"),
+        (
+            "scenarios.0.dataset",
+            "chaterbot",
+            "'chaterbot' is unknown; allowed: ag-news, ",
+        ),
+        ("scenarios.0.partition", "dri0.5", "partition 'dri0.5' is unknown; allowed: iid, dir<"),
+        ("scenarios.0.clients", 0, "clients: 0 is not allowed; input should be greater than or"),
+        ("backbone", "smollm3", "backbone 'smollm3' is unknown; allowed: "),
+        ("backbone.folder", "x", "needs exactly one of hub, folder, gguf, generate"),
+        ("training.batch_size", 3, None),
+        ("training.ranks", 4, "batch_size 2 must be a multiple of ranks 4"),
+        ("training.deepspeed", "zero9", "deepspeed 'zero9' is unknown; allowed: zero1, zero2"),
+        ("training.deepspeed", {"fp16": {}}, "deepspeed keys ['fp16'] are set by fedamole"),
+        ("training.learning_rate", "fast", "learning_rate: 'fast' is not allowed"),
+        ("assignment.min_experts", 1, "min_experts 1 >= top_k 2 does not hold"),
+        ("assignment.choices", 4, "choices 4 <= clients 3 does not hold"),
+        (
+            "assignment.num_experts",
+            2,
+            "clients * min_experts = 3 * 2 = 6 <= num_experts * choices = 2 * 2 = 4 does not hold",
+        ),
+        (
+            "assignment.num_experts",
+            30,
+            "num_experts * choices = 30 * 2 = 60 <= clients * max_experts = 3 * 6 = 18",
+        ),
+        ("execution", {"clients_per_job": 0}, "clients_per_job 0 must be at least 1, or all"),
+    ],
+)
+def test_a_mistake_is_explained_in_one_line(
+    smoke: dict[str, Any], configs: Path, path: str, value: Any, message: str | None
+) -> None:
+    config = change(smoke, path, value)
+    if message is None:
+        load_config(config, configs)
+        return
+    with pytest.raises(FedamoleError) as raised:
+        load_config(config, configs, "my.yaml")
+    text = str(raised.value)
+    assert message in text
+    assert text.startswith("my.yaml: ")
+    assert "\n" not in text
+
+
+def test_a_missing_section_is_named(configs: Path) -> None:
+    with pytest.raises(FedamoleError, match="backbone: is missing|backbone: None is not allowed"):
+        load_config({"scenarios": [], "methods": ["fedit"]}, configs)
+
+
+def test_broken_yaml_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("rounds: 3\nmethods: [fedit\nseeds: 1\n")
+    with pytest.raises(FedamoleError, match=r"broken.yaml:3: is not valid YAML"):
+        read_yaml(path)
+
+
+def test_every_config_of_the_project_is_valid(configs: Path) -> None:
+    paths = sorted(configs.glob("*.yaml")) + sorted(configs.glob("paper/*.yaml"))
+    assert len(paths) >= 2
+    for path in paths:
+        load_config(read_yaml(path), configs, str(path))
+
+
+@pytest.mark.parametrize(
+    ("short", "slug"),
+    [("dir0.5", "dir0.5"), ("dir100", "dir100"), ("meta1", "meta1"), ("iid", "iid")],
+)
+def test_short_partitions_keep_their_name(
+    smoke: dict[str, Any], configs: Path, short: str, slug: str
+) -> None:
+    config = load_config(change(smoke, "scenarios.0.partition", short), configs)
+    assert config.scenarios[0].partition.slug == slug
+
+
+def test_a_partition_takes_just_its_own_parameter() -> None:
+    with pytest.raises(FedamoleError, match="partition dirichlet needs alpha"):
+        parse(PartitionSettings, {"kind": "dirichlet"}, "x")
+    with pytest.raises(FedamoleError, match="partition iid takes no alpha"):
+        parse(PartitionSettings, {"kind": "iid", "alpha": 1.0}, "x")
+
+
+def test_capacities_agree_with_brute_force() -> None:
+    """Feasible iff K b_min <= E c <= K b_max, c <= K, b_min <= E: checked against a real solver."""
+    import numpy as np
+    from scipy.optimize import linprog
+
+    for clients, experts, choices, fewest, most in np.ndindex(4, 4, 4, 3, 4):
+        clients, experts, choices = clients + 1, experts + 1, choices + 1
+        fewest, most = fewest + 1, most + 1
+        settings = AssignmentSettings(
+            num_experts=experts, choices=choices, min_experts=fewest, max_experts=most
+        )
+        rows = np.zeros((experts, experts * clients))
+        columns = np.zeros((clients, experts * clients))
+        for e in range(experts):
+            rows[e, e * clients : (e + 1) * clients] = 1
+        for k in range(clients):
+            columns[k, k::clients] = 1
+        solved = linprog(
+            np.zeros(experts * clients),
+            A_ub=np.concatenate([columns, -columns]),
+            b_ub=[most] * clients + [-fewest] * clients,
+            A_eq=rows,
+            b_eq=[choices] * experts,
+            bounds=(0, 1),
+        )
+        assert (settings.infeasibility(clients, top_k=1) is None) == (solved.status == 0)
+
+
+def test_a_stage_only_depends_on_its_own_settings(smoke: dict[str, Any], configs: Path) -> None:
+    def digests(config: Config) -> dict[str, str]:
+        scenario = next(iter(config.scenario_seeds()))
+        return {
+            "backbone": stages.digest(stages.backbone_stage(config)),
+            "scenario": stages.digest(stages.scenario_stage(config, scenario)),
+            "tokens": stages.digest(stages.tokens_stage(config, scenario)),
+            "run": stages.digest(stages.run_stage(config, scenario, "fedamole")),
+            "client": stages.digest(stages.client_stage(config, scenario, "fedamole")),
+            "results": stages.digest(stages.results_stage(config)),
+        }
+
+    def changed_by(path: str, value: Any) -> set[str]:
+        import copy
+
+        config = load_config(change(copy.deepcopy(smoke), path, value), configs)
+        after = digests(config)
+        return {stage for stage in before if before[stage] != after[stage]}
+
+    before = digests(load_config(smoke, configs))
+    assert changed_by("rounds", 9) == set()
+    assert changed_by("results", "elsewhere") == set()
+    assert changed_by("execution", {"clients_per_job": 1, "mem_mb": 9000}) == set()
+    assert changed_by("tables", {"decimals": 4}) == {"results"}
+    assert changed_by("evaluation.batch_size", 2) == {"client"}
+    assert changed_by("training.learning_rate", 1.0) == {"run", "client"}
+    assert changed_by("scenarios.0.max_length", 64) == {"scenario", "tokens", "run", "client"}
+    assert changed_by("backbone.generate.seed", 5) == {"backbone", "tokens", "run", "client"}
+
+
+def test_a_stage_survives_its_json(smoke: dict[str, Any], configs: Path) -> None:
+    config = load_config(smoke, configs)
+    stage = stages.client_stage(config, next(iter(config.scenario_seeds())), "fedamole")
+    again = parse(stages.ClientStage, stages.canonical_json(stage), "--settings")
+    assert again == stage
+    assert stages.digest(again) == stages.digest(stage)
+
+
+def test_batches_are_cut_over_ranks_and_passes() -> None:
+    settings = TrainingSettings(batch_size=8, ranks=2)
+    assert settings.sequences_per_pass == 4
+    with pytest.raises(FedamoleError, match=r"multiple of ranks \* micro_batch_size \(2 \* 3\)"):
+        parse(TrainingSettings, {"batch_size": 8, "ranks": 2, "micro_batch_size": 3}, "x")

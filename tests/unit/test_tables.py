@@ -1,0 +1,258 @@
+"""Tables against numbers computed by hand."""
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from study import Study, write_lines
+
+from fedamole.cli import main
+from fedamole.errors import FedamoleError
+from fedamole.rendering import Cell, Column, latex, markdown, number
+from fedamole.results import Metrics, Run, read_metrics, read_run, table_names
+from fedamole.settings import TablesSettings
+from fedamole.stages import canonical_json
+from fedamole.tables import gain, loss_columns, score_columns, table_files
+
+# Mean over clients in the last round by (scenario, seed, method); client 1 is 0.2 above client 0.
+MEANS = {
+    ("a-s1", "fedamole"): 0.50,
+    ("a-s2", "fedamole"): 0.54,
+    ("a-s1", "fedit"): 0.40,
+    ("a-s2", "fedit"): 0.40,
+    ("a-s1", "zero-shot"): 0.30,
+    ("a-s2", "zero-shot"): 0.20,
+}
+METHODS = ("fedamole", "fedit", "zero-shot")
+
+
+def score(slug: str, method: str, round_: int, client: int) -> float:
+    early = 0.1 if method != "zero-shot" and round_ == 1 else 0.0
+    return MEANS["a" + slug[1:], method] - early - 0.1 + 0.2 * client
+
+
+def loss(slug: str, method: str, round_: int, client: int) -> float:
+    return 2.0 + round_ + client
+
+
+STUDY = Study(
+    score, loss, METHODS, scenarios={"a": [1, 2]}, clients=2, rounds=2, modules=2, experts=4
+)
+
+
+def read(study: Study, folder: Path) -> Metrics:
+    return read_metrics(study.write(folder), study.settings())
+
+
+def tables(study: Study, folder: Path) -> dict[str, str]:
+    return table_files(read(study, folder), study.settings())
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(text.splitlines()))
+
+
+def test_score_is_mean_over_clients_then_mean_and_std_over_seeds(tmp_path: Path) -> None:
+    metrics = read(STUDY, tmp_path)
+    (column,) = score_columns(metrics, STUDY.settings())
+    assert column.title == "a ROUGE-L (%)"
+    assert column.cells["fedamole"].mean == pytest.approx(52)
+    assert column.cells["fedamole"].std == pytest.approx(2.8284271, rel=1e-6)  # |54 - 50| / sqrt(2)
+    assert column.cells["fedit"].std == pytest.approx(0, abs=1e-12)
+    assert column.gain == pytest.approx((52 - 40) / 40)
+    (losses,) = loss_columns(metrics, STUDY.settings())
+    assert losses.cells["fedamole"].mean == 4.5  # round 2, clients 0 and 1
+    assert losses.cells["zero-shot"].mean == 2.5
+
+
+def test_markdown_of_the_main_table(tmp_path: Path) -> None:
+    assert tables(STUDY, tmp_path)["main.md"].splitlines() == [
+        "| method | a ROUGE-L (%) | a eval loss |",
+        "| :--- | ---: | ---: |",
+        "| fedamole | **52.00** ± 2.83 | 4.50 ± 0.00 |",
+        "| fedit | 40.00 ± 0.00 | 4.50 ± 0.00 |",
+        "| zero-shot | 25.00 ± 7.07 | **2.50** ± 0.00 |",
+        "| gain of fedamole over the best other | +30.00 % |  |",
+    ]
+
+
+def test_one_seed_shows_no_spread(tmp_path: Path) -> None:
+    files = tables(replace(STUDY, scenarios={"a": [1]}), tmp_path)
+    assert "| fedamole | **50.00** | 4.50 |" in files["main.md"]
+    assert rows(files["main.csv"])[0]["score_std"] == ""
+
+
+def test_best_round_is_that_of_the_lowest_mean_loss(tmp_path: Path) -> None:
+    # The loss grows with the round, so the best is round 1, whose scores are 10 points lower.
+    best = replace(STUDY, tables=TablesSettings(round="best", decimals=1))
+    files = tables(best, tmp_path)
+    assert "| fedamole | **42.0** ± 2.8 | 3.5 ± 0.0 |" in files["main.md"]
+    assert {row["round"] for row in rows(files["clients.csv"]) if row["method"] == "fedit"} == {"1"}
+
+
+def test_latex_marks_best_and_second_and_escapes(tmp_path: Path) -> None:
+    text = tables(STUDY, tmp_path)["main.tex"]
+    assert "\\begin{tabular}{lr}\n\\toprule\nmethod & a ROUGE-L (\\%) \\\\\n\\midrule\n" in text
+    assert r"fedamole & \textbf{52.00} $\pm$ 2.83 \\" in text
+    assert r"fedit & \underline{40.00} $\pm$ 0.00 \\" in text
+    assert r"over the best other & $+30.00$\,\% \\" in text
+    column = Column("x_y & 100%", {"a#b": Cell(1.0)}, "highest")
+    assert r"method & x\_y \& 100\% \\" in latex([column], "none", 2)
+    assert r"a\#b & 1.00 \\" in latex([column], "none", 2)
+
+
+def test_csv_is_tidy_and_loses_no_digit(tmp_path: Path) -> None:
+    files = tables(STUDY, tmp_path)
+    first, *_ = main = rows(files["main.csv"])
+    assert [row["method"] for row in main] == list(METHODS)
+    assert (first["scenario"], first["metric"], first["seeds"]) == ("a", "rouge_l", "2")
+    assert float(first["score_mean"]) == pytest.approx(0.52, rel=1e-12)
+    assert [row["gain"] for row in main[1:]] == ["", ""]
+    clients = rows(files["clients.csv"])
+    assert len(clients) == 2 * 3 * 2  # seeds x methods x clients
+    assert float(clients[1]["score"]) == score("a-s1", "fedamole", 2, 1)
+
+
+def test_clients_table_has_mean_worst_and_spread(tmp_path: Path) -> None:
+    lines = tables(STUDY, tmp_path)["clients.md"].splitlines()
+    assert lines[0] == "**a-s1: ROUGE-L (%)**"
+    assert lines[2] == "| method | client 0 | client 1 | mean | worst | std |"
+    assert lines[4] == "| fedamole | **40.00** | **60.00** | **50.00** | **40.00** | 14.14 |"
+
+
+def test_average_over_scenarios(tmp_path: Path) -> None:
+    study = replace(STUDY, scenarios={"a": [1, 2], "b": [1]})
+    *_, average = score_columns(read(study, tmp_path), study.settings())
+    assert average.cells["fedamole"].mean == pytest.approx((52 + 50) / 2)
+    assert average.cells["fedamole"].std is None
+    assert average.gain == pytest.approx((12 / 40 + 10 / 40) / 2)
+
+
+def test_gain_needs_a_reference_and_a_baseline() -> None:
+    cells = {"ours": Cell(3.0), "theirs": Cell(2.0), "worse": Cell(1.0)}
+    assert gain(cells, "ours") == 0.5
+    assert gain(cells, "worse") == pytest.approx(-2 / 3)
+    assert gain(cells, "absent") is None
+    assert gain({"ours": Cell(3.0)}, "ours") is None
+
+
+def test_gain_over_zero_is_said_to_be_unknown() -> None:
+    cells = {"ours": Cell(3.0), "theirs": Cell(0.0)}
+    column = Column("x", cells, "highest", gain(cells, "ours"))
+    assert markdown([column], "ours", 2).endswith("| gain of ours over the best other | n/a |\n")
+
+
+def test_equal_as_printed_is_marked_equally() -> None:
+    cells = {"a": Cell(1.001), "b": Cell(1.004), "c": Cell(0.5), "d": Cell(0.5)}
+    text = latex([Column("x", cells, "highest")], "none", 2)
+    assert text.count(r"\textbf{1.00}") == 2
+    assert text.count(r"\underline{0.50}") == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "decimals", "text"), [(1.005, 1, "1.0"), (-0.001, 2, "0.00"), (12.5, 0, "12")]
+)
+def test_number(value: float, decimals: int, text: str) -> None:
+    assert number(value, decimals) == text
+
+
+def test_same_bytes_again_and_from_files_in_another_order(tmp_path: Path) -> None:
+    paths, settings = STUDY.write(tmp_path), STUDY.settings()
+    first = table_files(read_metrics(paths, settings), settings)
+    assert first == table_files(read_metrics(reversed(paths), settings), settings)
+
+
+def test_command_writes_the_files_it_names(tmp_path: Path) -> None:
+    paths = [str(path) for path in STUDY.write(tmp_path / "metrics")]
+    out = tmp_path / "tables"
+    arguments = ["--settings", canonical_json(STUDY.settings()), "--out-dir", str(out)]
+    assert main(["tables", *arguments, "--metrics", *paths]) == 0
+    assert {path.name for path in out.iterdir()} == set(table_names())
+
+
+# Bad input
+
+
+def change(path: Path, record: str, index: int, values: dict[str, Any] | None) -> None:
+    """Change the ``index``-th record of a kind; None removes it."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    line = [line for line in lines if line.get("record") == record][index]
+    lines.remove(line)
+    write_lines(path, lines if values is None else [*lines, {**line, **values}])
+
+
+@pytest.mark.parametrize(
+    ("record", "values", "message"),
+    [
+        ("client", None, r"round 2 has clients \[0\]; each of 0 to 1 is needed once"),
+        ("client", {"round": 3}, r"client records of rounds \[1, 2, 3\]; \[1, 2\] are needed"),
+        ("client", {"score": 1.5}, r":\d+: score: 1.5 is not allowed"),
+        ("client", {"eval_loss": None}, r":\d+: eval_loss: None is not allowed"),
+        ("client", {"record": "guest"}, r":\d+: record 'guest' is unknown"),
+        ("assignment", None, r"assignment records of rounds \[1\]; \[1, 2\] are needed"),
+        ("assignment", {"round": 1}, r"assignment records of rounds \[1, 1\]"),
+        ("assignment", {"num_experts": 5}, "assignment of round 2 is not 2 modules x 5 experts"),
+        ("partition", {"counts": [[1, 2, 3]]}, "partition is not 2 clients x its classes"),
+        ("partition", {"classes": ["x", "y", "z"]}, "the partition of a-s1 differs from that in"),
+        ("run", None, "has 0 run records; needs one"),
+        ("run", {"scenario": "c-s1"}, "fedamole on c-s1 is not in the settings"),
+        ("run", {"metric": "accuracy"}, "has metric accuracy; the settings say rouge_l"),
+        ("run", {"method": "magic"}, "method 'magic' is unknown"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    tmp_path: Path, record: str, values: dict[str, Any] | None, message: str
+) -> None:
+    paths = STUDY.write(tmp_path)
+    change(paths[0], record, -1, values)
+    with pytest.raises(FedamoleError, match=message):
+        read_metrics(paths, STUDY.settings())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda text: "", "is empty"),
+        (lambda text: text[:-20], r":\d+: is not a whole JSON line"),
+        (
+            lambda text: text.replace("metrics-table", "pool", 1),
+            "holds pool; metrics-table is needed",
+        ),
+        (lambda text: "{}\n" + text, "is not a file of fedamole"),
+        (lambda text: "[1]\n", ":1: is not a JSON object"),
+    ],
+)
+def test_broken_file_is_named(tmp_path: Path, spoil: Callable[[str], str], message: str) -> None:
+    path = STUDY.write(tmp_path)[0]
+    path.write_text(spoil(path.read_text()))
+    with pytest.raises(FedamoleError, match=message) as caught:
+        read_run(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_and_double_files_are_named(tmp_path: Path) -> None:
+    paths, settings = STUDY.write(tmp_path), STUDY.settings()
+    with pytest.raises(FedamoleError, match="no metrics file of zero-shot on a-s2 was given"):
+        read_metrics(paths[:-1], settings)
+    with pytest.raises(FedamoleError, match="is a second file of fedamole on a-s1"):
+        read_metrics([*paths, paths[0]], settings)
+    with pytest.raises(FedamoleError, match=r"nowhere\.jsonl: cannot be read"):
+        read_metrics([tmp_path / "nowhere.jsonl"], settings)
+
+
+def test_other_number_of_rounds_is_refused(tmp_path: Path) -> None:
+    paths = STUDY.write(tmp_path / "two")
+    longer = replace(STUDY, rounds=3).write(tmp_path / "three")
+    with pytest.raises(FedamoleError, match="the number of rounds differs from that in"):
+        read_metrics([longer[0], *paths[1:]], STUDY.settings())
+
+
+def test_earliest_of_equally_good_rounds_counts(tmp_path: Path) -> None:
+    flat = replace(STUDY, loss=lambda *_: 1.0)
+    run: Run = read(flat, tmp_path).run("a-s1", "fedit")
+    assert run.counted_round("best") == 1
+    assert run.counted_round("last") == 2

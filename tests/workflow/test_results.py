@@ -1,0 +1,105 @@
+"""What a study leaves behind, and that it is always the same."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from workflow_study import REPOSITORY, Study, new_study
+
+pytestmark = pytest.mark.xdist_group("workflow")
+
+# Everything that carries a number. Not the backbone: its folder also has Snakemake's time stamp.
+NUMBERS = ("runs/**/*.h5", "runs/**/*.json", "metrics/**/*", "tables/*", "figures/*")
+
+
+def test_every_method_stands_in_the_tables(finished: Study) -> None:
+    table = (finished.results / "tables/main.md").read_text()
+    clients = (finished.results / "tables/clients.md").read_text()
+    for method in finished.config["methods"]:
+        assert f"| {method}" in table.replace("**", "")
+        assert f"| {method}" in clients.replace("**", "")
+
+
+def test_the_schema_of_a_round_is_complete(finished: Study) -> None:
+    folder = finished.results / "runs/chatterbot-dir0.5-s42/fedamole"
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    clients = {
+        f"round_{t:03d}/{name}_{k:03d}.{suffix}"
+        for t in (1, 2)
+        for k in range(3)
+        for name, suffix in (("client", "h5"), ("metrics", "json"))
+    }
+    servers = {f"round_{t:03d}/{name}.h5" for t in (0, 1) for name in ("pool", "assignment")}
+    # Nothing is aggregated for a round that does not follow.
+    assert names == clients | servers
+
+
+def test_one_client_per_job_killed_and_resumed_gives_the_same_bytes(
+    finished: Study, tmp_path: Path
+) -> None:
+    study = new_study(tmp_path / "study", execution={"clients_per_job": 1})
+    first = study.results / "runs/chatterbot-dir0.5-s42/fedamole/round_001/metrics_001.json"
+    with subprocess.Popen(
+        study.command("--quiet", "all"), start_new_session=True, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 240
+        while not first.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert first.exists()
+    assert not (study.results / "tables/main.csv").exists()
+
+    assert study.snakemake("--unlock").returncode == 0
+    done = study.snakemake("--quiet", "rules", "--rerun-incomplete")
+    assert done.returncode == 0, done.stderr + study.logs()
+    expected, found = finished.contents(*NUMBERS), study.contents(*NUMBERS)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if expected[name] != found[name]] == []
+
+
+def test_a_failing_client_is_named_with_its_log(tmp_path: Path) -> None:
+    study = new_study(tmp_path / "study", methods=["zero-shot"])
+    study.config["backbone"] = {"name": "missing", "folder": "no/such/folder"}
+    study.config["tables"] = {"reference": "zero-shot"}
+    done = study.snakemake("--quiet", "rules")
+    assert done.returncode == 1
+    assert "prepare_backbone.log" in done.stderr
+    assert "backbone folder no/such/folder: does not exist" in study.logs()
+    assert "Traceback" not in study.logs()
+
+
+def test_results_of_another_config_in_the_way_are_refused(finished: Study, tmp_path: Path) -> None:
+    training = {**finished.config["training"], "learning_rate": 0.002}
+    study = finished.copy(tmp_path / "study", training=training)
+    # As after copying results to another machine: Snakemake's own records are lost.
+    for path in (study.folder / ".snakemake/metadata").iterdir():
+        path.unlink()
+    run = study.results / "runs/chatterbot-dir0.5-s42/fedamole/round_002"
+    for path in run.glob("*_*"):
+        path.unlink()
+    done = study.snakemake("--quiet", "rules", "--rerun-triggers", "mtime")
+    assert done.returncode == 1
+    line = "was made with other settings"
+    assert line in study.logs()
+    assert "move it away, or choose another results folder" in study.logs()
+
+
+def test_a_mistake_in_the_config_ends_the_parse_with_one_line(tmp_path: Path) -> None:
+    study = new_study(tmp_path / "study", trainning={"steps": 3})
+    done = study.snakemake("--dry-run")
+    assert done.returncode == 1
+    assert "trainning: is not a setting" in done.stderr
+    assert "did you mean training?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_rule_names_a_method() -> None:
+    from fedamole.registry import METHODS
+
+    rules = REPOSITORY.glob("workflow/rules/*.smk")
+    text = "\n".join(path.read_text() for path in [REPOSITORY / "Snakefile", *rules])
+    words = {method for method in METHODS if f'"{method}"' in text or f"'{method}'" in text}
+    assert not words
