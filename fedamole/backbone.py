@@ -22,13 +22,13 @@ from fedamole.artifacts import sha256
 from fedamole.errors import FedamoleError
 from fedamole.pools import ModuleShape
 from fedamole.randomness import derive_seed
-from fedamole.settings import BackboneSettings, GeneratedBackbone
+from fedamole.settings import BackboneSettings, BackboneSource, GeneratedBackbone
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
-def prepare_backbone(folder: Path, settings: BackboneSettings, texts: Iterable[str]) -> None:
+def prepare_backbone(folder: Path, settings: BackboneSource, texts: Iterable[str]) -> None:
     """Fill a folder with the model and its tokenizer, in the layout of ``save_pretrained``.
 
     A local folder or a hub snapshot is linked, not copied; a GGUF file is converted; a generated
@@ -58,7 +58,7 @@ def prepare_backbone(folder: Path, settings: BackboneSettings, texts: Iterable[s
         _link(folder, _download(settings))
 
 
-def describe(folder: Path, settings: BackboneSettings) -> dict[str, Any]:
+def describe(folder: Path, settings: BackboneSource) -> dict[str, Any]:
     """Facts of a prepared backbone that the torch-free stages need.
 
     Returns
@@ -109,12 +109,12 @@ def load_backbone(folder: Path, settings: BackboneSettings) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(folder: Path, settings: BackboneSettings) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, settings: BackboneSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a prepared backbone."""
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
 
 
-def _config(folder: Path, settings: BackboneSettings) -> Any:
+def _config(folder: Path, settings: BackboneSource) -> Any:
     """Read the model's config."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
@@ -142,7 +142,7 @@ def _link(folder: Path, source: Path) -> None:
             (folder / path.name).symlink_to(path.resolve())
 
 
-def _download(settings: BackboneSettings) -> Path:
+def _download(settings: BackboneSource) -> Path:
     """Fetch a hub model into the hub's cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -163,7 +163,7 @@ def _download(settings: BackboneSettings) -> Path:
         ) from error
 
 
-def _gguf_path(settings: BackboneSettings) -> Path:
+def _gguf_path(settings: BackboneSource) -> Path:
     """Find the GGUF file, inside a package without importing it or as a plain path."""
     path = Path(str(settings.gguf))
     if settings.package:

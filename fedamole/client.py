@@ -147,15 +147,13 @@ def train_client(
             report = _test(session, client, scored, record, len(train_rows))
             embedded = _embed(session, rows, scored, trained)
     logger.info(
-        "round %d client %d: %d steps, %.2f steps/s, loss %.4f -> %.4f, eval loss %.4f, score %.4f",
-        round_,
-        client,
+        "%s: %d steps, %.2f steps/s, loss %.3f -> %.3f; %s",
+        _name(session, round_, client),
         record.steps,
         record.steps / record.seconds,
         record.loss_first,
         record.loss_last,
-        report.eval_loss,
-        report.score.value,
+        _tested(session, report),
     )
     upload = Upload(
         client=client,
@@ -177,14 +175,19 @@ def evaluate_client(
         scored = ScoredModel(model, balance_weight=0.0).eval()
         num_train = len(training_rows(session.store.clients[client], state))
         report = _test(session, client, scored, None, num_train)
-    logger.info(
-        "round %d client %d: eval loss %.4f, score %.4f",
-        round_,
-        client,
-        report.eval_loss,
-        report.score.value,
-    )
+    logger.info("%s: %s", _name(session, round_, client), _tested(session, report))
     return report
+
+
+def _name(session: ClientSession, round_: int, client: int) -> str:
+    """What a log line is about."""
+    return f"{session.settings.run.run} round {round_} client {client}"
+
+
+def _tested(session: ClientSession, report: ClientReport) -> str:
+    """Results of a test for the log."""
+    metric = session.settings.run.scenario.dataset.metric
+    return f"eval loss {report.eval_loss:.3f}, {metric} {report.score.value:.3f}"
 
 
 def training_rows(rows: ClientSplit, state: ClientState) -> np.ndarray:

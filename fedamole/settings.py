@@ -47,8 +47,8 @@ class GeneratedBackbone(Section):
         return self
 
 
-class BackboneSettings(Section):
-    """The frozen language model: exactly one of hub, folder, gguf, generate."""
+class BackboneSource(Section):
+    """Where the language model comes from: exactly one of hub, folder, gguf, generate."""
 
     name: Slug
     """Name of the backbone; names its folder under results/backbones."""
@@ -64,17 +64,11 @@ class BackboneSettings(Section):
     """Installed Python package that the gguf path is relative to."""
     generate: GeneratedBackbone | None = None
     """A tiny random model."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the frozen weights. Adapters are float32 whatever this says."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off, unless you read that code."""
 
     @model_validator(mode="after")
-    def _one_source(self) -> "BackboneSettings":
+    def _one_source(self) -> "BackboneSource":
         given = [key for key in ("hub", "folder", "gguf", "generate") if getattr(self, key)]
         if len(given) != 1:
             raise ValueError(
@@ -85,6 +79,21 @@ class BackboneSettings(Section):
         if self.package and not self.gguf:
             raise ValueError("package goes with gguf only")
         return self
+
+
+class BackboneLoading(Section):
+    """How a job loads the prepared model."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the frozen weights. Adapters are float32 whatever this says."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class BackboneSettings(BackboneLoading, BackboneSource):
+    """The frozen language model: where it comes from, and how it is loaded."""
 
 
 class SourceSettings(Section):

@@ -7,12 +7,14 @@ made with other settings are thereby recognised, also where Snakemake's own reco
 import hashlib
 import json
 
-from fedamole.config import Config
+from fedamole.config import Config, SectionT
 from fedamole.settings import (
     AdapterSettings,
     AggregationSettings,
     AssignmentSettings,
+    BackboneLoading,
     BackboneSettings,
+    BackboneSource,
     DatasetSettings,
     EvaluationSettings,
     ScenarioSettings,
@@ -27,8 +29,8 @@ class BackboneStage(Section):
 
     version: int = 1
     """Raised when a change of the code changes the backbone."""
-    backbone: BackboneSettings
-    """The model."""
+    backbone: BackboneSource
+    """Where the model comes from."""
     corpus: list[DatasetSettings] = []
     """Data sets that train the tokenizer of a generated backbone; empty for all others."""
 
@@ -64,6 +66,8 @@ class RunStage(Section):
     """Name of the run; see :mod:`fedamole.registry`."""
     tokens: TokensStage
     """The data and the backbone."""
+    loading: BackboneLoading
+    """How the backbone is loaded."""
     adapter: AdapterSettings
     """The trainable part."""
     assignment: AssignmentSettings
@@ -86,7 +90,8 @@ class RunStage(Section):
     @property
     def backbone(self) -> BackboneSettings:
         """The model."""
-        return self.tokens.backbone.backbone
+        source, loading = self.tokens.backbone.backbone, self.loading
+        return BackboneSettings(**source.model_dump(), **loading.model_dump())
 
 
 class ClientStage(Section):
@@ -120,7 +125,8 @@ def backbone_stage(config: Config) -> BackboneStage:
     corpus: dict[str, DatasetSettings] = {}
     if config.backbone.generate:
         corpus = {scenario.dataset.name: scenario.dataset for scenario in config.scenarios}
-    return BackboneStage(backbone=config.backbone, corpus=list(corpus.values()))
+    source = _part(config.backbone, BackboneSource)
+    return BackboneStage(backbone=source, corpus=list(corpus.values()))
 
 
 def scenario_stage(config: Config, scenario: str) -> ScenarioStage:
@@ -139,6 +145,7 @@ def run_stage(config: Config, scenario: str, run: str) -> RunStage:
     return RunStage(
         run=run,
         tokens=tokens_stage(config, scenario),
+        loading=_part(config.backbone, BackboneLoading),
         adapter=config.adapter,
         assignment=config.assignment,
         aggregation=config.aggregation,
@@ -162,6 +169,11 @@ def results_stage(config: Config) -> ResultsStage:
         },
         metrics={scenario.slug: scenario.dataset.metric for scenario in config.scenarios},
     )
+
+
+def _part(section: Section, base: type[SectionT]) -> SectionT:
+    """The fields of a section that belong to one of its base classes."""
+    return base.model_validate(section.model_dump(include=set(base.model_fields)))
 
 
 def canonical_json(section: Section) -> str:

@@ -1,34 +1,40 @@
-"""The command that prints the JSON schema of a config file."""
+"""The command that describes the config file: to editors as JSON schema, to people as Markdown."""
 
 import argparse
-import json
+from pathlib import Path
 
-from fedamole.config import Config
+from fedamole.artifacts import replacing
+from fedamole.config_reference import config_reference, config_schema, with_reference
+from fedamole.errors import FedamoleError
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command."""
-    parser = subparsers.add_parser("schema", help="print the JSON schema of a config file")
+    parser = subparsers.add_parser("schema", help="describe the config file")
+    parser.add_argument(
+        "--markdown", action="store_true", help="a reference for people instead of JSON schema"
+    )
+    parser.add_argument(
+        "--into", type=Path, metavar="FILE", help="put the reference between the marks of FILE"
+    )
     parser.set_defaults(command=run_schema)
 
 
 def run_schema(args: argparse.Namespace) -> None:
-    """Print the schema; editors use it to complete and check configs."""
-    print(config_schema(), end="")
+    """Print the JSON schema, which editors complete and check configs with, or the reference."""
+    if args.into:
+        _update(args.into)
+    else:
+        print(config_reference() if args.markdown else config_schema(), end="")
 
 
-def config_schema() -> str:
-    """JSON schema of a config, with the names that may stand for whole sections."""
-    schema = Config.model_json_schema()
-    by_name = {"type": "string", "description": "a name, or the path of a file"}
-    places = [
-        (schema["properties"], "backbone"),
-        (schema["$defs"]["ScenarioSettings"]["properties"], "dataset"),
-        (schema["$defs"]["ScenarioSettings"]["properties"], "partition"),
-        (schema["$defs"]["TrainingSettings"]["properties"], "deepspeed"),
-    ]
-    for properties, key in places:
-        section = properties[key]
-        described = {k: section.pop(k) for k in ("title", "description", "default") if k in section}
-        properties[key] = {"anyOf": [by_name, section], **described}
-    return json.dumps(schema, indent=2, sort_keys=True) + "\n"
+def _update(path: Path) -> None:
+    """Renew the reference inside a Markdown file."""
+    try:
+        text = with_reference(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FedamoleError(f"{path}: cannot be read ({error.strerror})") from error
+    except FedamoleError as error:
+        raise FedamoleError(f"{path}: {error}") from error
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")

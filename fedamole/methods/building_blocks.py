@@ -1,11 +1,12 @@
 """What the methods share. Methods compose these; they never import each other."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedamole.aggregation import aggregate
+from fedamole.methods import Method
 from fedamole.pools import (
     Assignment,
     ClientState,
@@ -20,6 +21,20 @@ from fedamole.stages import RunStage
 
 if TYPE_CHECKING:
     from fedamole.client import ClientReport, ClientSession
+
+
+def adapter_method(
+    init_pool: Callable[[RunStage, Sequence[ModuleShape]], Pool],
+    assign: Callable[[RunStage, Pool, int], Assignment] | None = None,
+) -> Method:
+    """Make a method that trains LoRA adapters and averages them; without experts by default."""
+    return Method(
+        init_pool=init_pool,
+        assign=assign or assign_nothing,
+        aggregate=average,
+        train_client=train_adapters,
+        evaluate_client=evaluate_adapters,
+    )
 
 
 def init_adapters(settings: RunStage, modules: Sequence[ModuleShape], num_experts: int) -> Pool:

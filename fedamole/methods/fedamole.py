@@ -3,13 +3,7 @@
 from collections.abc import Sequence
 
 from fedamole.assignment import assign_all, random_scores, score_experts
-from fedamole.methods import Method
-from fedamole.methods.building_blocks import (
-    average,
-    evaluate_adapters,
-    init_adapters,
-    train_adapters,
-)
+from fedamole.methods.building_blocks import adapter_method, init_adapters
 from fedamole.pools import Assignment, ModuleShape, Pool
 from fedamole.randomness import stream
 from fedamole.stages import RunStage
@@ -32,10 +26,4 @@ def assign(settings: RunStage, pool: Pool, round_: int) -> Assignment:
     return assign_all(scores_MEK, settings.assignment, settings.adapter.top_k, pool.modules, round_)
 
 
-METHOD = Method(
-    init_pool=init_pool,
-    assign=assign,
-    aggregate=average,
-    train_client=train_adapters,
-    evaluate_client=evaluate_adapters,
-)
+METHOD = adapter_method(init_pool, assign)

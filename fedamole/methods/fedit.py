@@ -2,14 +2,7 @@
 
 from collections.abc import Sequence
 
-from fedamole.methods import Method
-from fedamole.methods.building_blocks import (
-    assign_nothing,
-    average,
-    evaluate_adapters,
-    init_adapters,
-    train_adapters,
-)
+from fedamole.methods.building_blocks import adapter_method, init_adapters
 from fedamole.pools import ModuleShape, Pool
 from fedamole.stages import RunStage
 
@@ -19,10 +12,4 @@ def init_pool(settings: RunStage, modules: Sequence[ModuleShape]) -> Pool:
     return init_adapters(settings, modules, num_experts=0)
 
 
-METHOD = Method(
-    init_pool=init_pool,
-    assign=assign_nothing,
-    aggregate=average,
-    train_client=train_adapters,
-    evaluate_client=evaluate_adapters,
-)
+METHOD = adapter_method(init_pool)

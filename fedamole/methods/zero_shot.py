@@ -2,13 +2,7 @@
 
 from collections.abc import Sequence
 
-from fedamole.methods import Method
-from fedamole.methods.building_blocks import (
-    assign_nothing,
-    average,
-    evaluate_adapters,
-    train_adapters,
-)
+from fedamole.methods.building_blocks import adapter_method
 from fedamole.pools import ModuleShape, Pool
 from fedamole.stages import RunStage
 
@@ -18,10 +12,4 @@ def init_pool(settings: RunStage, modules: Sequence[ModuleShape]) -> Pool:
     return Pool(groups={}, num_experts=0, provenance=None)
 
 
-METHOD = Method(
-    init_pool=init_pool,
-    assign=assign_nothing,
-    aggregate=average,
-    train_client=train_adapters,
-    evaluate_client=evaluate_adapters,
-)
+METHOD = adapter_method(init_pool)

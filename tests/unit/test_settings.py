@@ -169,6 +169,7 @@ def test_a_stage_only_depends_on_its_own_settings(smoke: dict[str, Any], configs
     assert changed_by("execution", {"clients_per_job": 1, "mem_mb": 9000}) == set()
     assert changed_by("tables", {"decimals": 4}) == {"results"}
     assert changed_by("evaluation.batch_size", 2) == {"client"}
+    assert changed_by("backbone.dtype", "bfloat16") == {"run", "client"}
     assert changed_by("training.learning_rate", 1.0) == {"run", "client"}
     assert changed_by("scenarios.0.max_length", 64) == {"scenario", "tokens", "run", "client"}
     assert changed_by("backbone.generate.seed", 5) == {"backbone", "tokens", "run", "client"}

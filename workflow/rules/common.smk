@@ -15,7 +15,9 @@ LIBRARY = Path(workflow.basedir) / "configs"
 def load():
     """Validate the config; a mistake ends the parse with its own line."""
     try:
-        return load_config(config, LIBRARY, " ".join(map(str, workflow.configfiles)) or "config")
+        return load_config(
+            config, LIBRARY, " ".join(map(str, workflow.configfiles)) or "config"
+        )
     except FedamoleError as error:
         raise WorkflowError(str(error)) from None
 
@@ -27,7 +29,9 @@ BACKBONE = f"{RESULTS}/backbones/{CONFIG.backbone.name}"
 RUN = f"{RESULTS}/runs/{{scenario}}/{{run}}"
 ROUND = f"{RUN}/round_{{round}}"
 TABLES = [f"{RESULTS}/tables/{name}" for name in table_names()]
-FIGURES = [f"{RESULTS}/figures/{name}" for name in figure_names(stages.results_stage(CONFIG))]
+FIGURES = [
+    f"{RESULTS}/figures/{name}" for name in figure_names(stages.results_stage(CONFIG))
+]
 
 # Every round adds a few levels to the graph, which Snakemake walks by recursion.
 sys.setrecursionlimit(max(sys.getrecursionlimit(), 1000 + 50 * CONFIG.rounds))
@@ -56,7 +60,9 @@ def settings(stage):
     """Params function: what a stage depends on, and nothing else, decides whether it reruns."""
 
     def of_job(wildcards):
-        names = [wildcards[key] for key in ("scenario", "run") if key in wildcards.keys()]
+        names = [
+            wildcards[key] for key in ("scenario", "run") if key in wildcards.keys()
+        ]
         return settings_json(stage, *names)
 
     return of_job
@@ -197,9 +203,13 @@ def report_figure(path):
         return path
     kind = name.stem.rsplit("-", 1)[-1]
     caption = f"../report/{kind}.rst"
-    return report(path, caption=caption, category="Figures", labels={"figure": name.stem})
+    return report(
+        path, caption=caption, category="Figures", labels={"figure": name.stem}
+    )
 
 
 METRICS = expand(
-    f"{RESULTS}/metrics/{{scenario}}/{{method}}.jsonl", scenario=SCENARIOS, method=CONFIG.methods
+    f"{RESULTS}/metrics/{{scenario}}/{{method}}.jsonl",
+    scenario=SCENARIOS,
+    method=CONFIG.methods,
 )

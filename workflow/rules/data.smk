@@ -5,14 +5,14 @@ rule prepare_backbone:
     """Download, link, convert or generate the backbone, once."""
     output:
         directory(BACKBONE),
-    params:
-        settings=settings("backbone"),
     log:
         f"{RESULTS}/logs/prepare_backbone.log",
     benchmark:
         f"{RESULTS}/benchmarks/prepare_backbone.tsv"
     resources:
         mem_mb=CONFIG.execution.mem_mb,
+    params:
+        settings=settings("backbone"),
     shell:
         r"""
         fedamole prepare-backbone \
@@ -26,12 +26,15 @@ rule partition:
     """Spread a data set over the clients and split each client's examples."""
     output:
         f"{RESULTS}/scenarios/{{scenario}}/partition.json",
-    params:
-        settings=settings("scenario"),
     log:
         f"{RESULTS}/logs/{{scenario}}/partition.log",
     benchmark:
         f"{RESULTS}/benchmarks/{{scenario}}/partition.tsv"
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        settings=settings("scenario"),
     shell:
         r"""
         fedamole partition \
@@ -48,12 +51,15 @@ rule tokenize:
         backbone=BACKBONE,
     output:
         directory(f"{RESULTS}/scenarios/{{scenario}}/tokens-{CONFIG.backbone.name}"),
-    params:
-        settings=settings("tokens"),
     log:
         f"{RESULTS}/logs/{{scenario}}/tokenize.log",
     benchmark:
         f"{RESULTS}/benchmarks/{{scenario}}/tokenize.tsv"
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        settings=settings("tokens"),
     shell:
         r"""
         fedamole tokenize \

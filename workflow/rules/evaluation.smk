@@ -12,21 +12,21 @@ for clients, scenarios in shards():
             pool=f"{ROUND}/pool.h5",
         output:
             metrics=[f"{ROUND}/aggregated_{client}.json" for client in clients],
-        wildcard_constraints:
-            scenario=one_of(scenarios),
-        params:
-            settings=settings("client"),
-            clients=client_numbers(clients),
-            launcher=lambda wildcards, output: launcher(),
         log:
             shard_file("logs", "evaluate_clients", clients, "log"),
         benchmark:
             shard_file("benchmarks", "evaluate_clients", clients, "tsv")
+        wildcard_constraints:
+            scenario=one_of(scenarios),
         threads: CONFIG.training.ranks * CONFIG.training.cpu_threads
         resources:
             mem_mb=CONFIG.execution.mem_mb,
             runtime=CONFIG.execution.runtime,
             gpu=CONFIG.execution.gpus,
+        params:
+            settings=settings("client"),
+            clients=client_numbers(clients),
+            launcher=lambda wildcards, output: launcher(),
         shell:
             r"""
             {params.launcher} evaluate-clients \
@@ -37,7 +37,7 @@ for clients, scenarios in shards():
                 --tokens {input.tokens:q} \
                 --pool {input.pool:q} \
                 --out-metrics {output.metrics:q} \
-                &>{log:q}
+                2>&1 | tee {log:q}
             """
 
 
@@ -49,10 +49,15 @@ rule gather:
         assignments=assignments_of_row,
     output:
         f"{RESULTS}/metrics/{{scenario}}/{{method}}.jsonl",
-    params:
-        settings=method_settings,
     log:
         f"{RESULTS}/logs/{{scenario}}/gather_{{method}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{{scenario}}/gather_{{method}}.tsv"
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        settings=method_settings,
     shell:
         r"""
         fedamole gather \

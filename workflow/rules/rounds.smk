@@ -10,12 +10,12 @@ rule init_server:
     output:
         pool=f"{RUN}/round_000/pool.h5",
         assignment=f"{RUN}/round_000/assignment.h5",
-    params:
-        settings=settings("run"),
     log:
         f"{RESULTS}/logs/{{scenario}}/{{run}}/round_000/init_server.log",
     benchmark:
         f"{RESULTS}/benchmarks/{{scenario}}/{{run}}/round_000/init_server.tsv"
+    params:
+        settings=settings("run"),
     shell:
         r"""
         fedamole init-server \
@@ -40,22 +40,22 @@ for clients, scenarios in shards():
         output:
             uploads=[f"{ROUND}/client_{client}.h5" for client in clients],
             metrics=[f"{ROUND}/metrics_{client}.json" for client in clients],
-        wildcard_constraints:
-            scenario=one_of(scenarios),
-            round=TRAINED,
-        params:
-            settings=settings("client"),
-            clients=client_numbers(clients),
-            launcher=lambda wildcards, output: launcher(),
         log:
             shard_file("logs", "train_clients", clients, "log"),
         benchmark:
             shard_file("benchmarks", "train_clients", clients, "tsv")
+        wildcard_constraints:
+            scenario=one_of(scenarios),
+            round=TRAINED,
         threads: CONFIG.training.ranks * CONFIG.training.cpu_threads
         resources:
             mem_mb=CONFIG.execution.mem_mb,
             runtime=CONFIG.execution.runtime,
             gpu=CONFIG.execution.gpus,
+        params:
+            settings=settings("client"),
+            clients=client_numbers(clients),
+            launcher=lambda wildcards, output: launcher(),
         shell:
             r"""
             {params.launcher} train-clients \
@@ -68,7 +68,7 @@ for clients, scenarios in shards():
                 --assignment {input.assignment:q} \
                 --out-uploads {output.uploads:q} \
                 --out-metrics {output.metrics:q} \
-                &>{log:q}
+                2>&1 | tee {log:q}
             """
 
 
@@ -80,14 +80,17 @@ rule aggregate:
         uploads=every_client("client_{client}.h5"),
     output:
         f"{ROUND}/pool.h5",
-    wildcard_constraints:
-        round=TRAINED,
-    params:
-        settings=settings("run"),
     log:
         f"{RESULTS}/logs/{{scenario}}/{{run}}/round_{{round}}/aggregate.log",
     benchmark:
         f"{RESULTS}/benchmarks/{{scenario}}/{{run}}/round_{{round}}/aggregate.tsv"
+    wildcard_constraints:
+        round=TRAINED,
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        settings=settings("run"),
     shell:
         r"""
         fedamole aggregate \
@@ -106,14 +109,17 @@ rule assign:
         pool=rules.aggregate.output,
     output:
         f"{ROUND}/assignment.h5",
-    wildcard_constraints:
-        round=TRAINED,
-    params:
-        settings=settings("run"),
     log:
         f"{RESULTS}/logs/{{scenario}}/{{run}}/round_{{round}}/assign.log",
     benchmark:
         f"{RESULTS}/benchmarks/{{scenario}}/{{run}}/round_{{round}}/assign.tsv"
+    wildcard_constraints:
+        round=TRAINED,
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        settings=settings("run"),
     shell:
         r"""
         fedamole assign \
@@ -122,4 +128,3 @@ rule assign:
             --out-assignment {output:q} \
             &>{log:q}
         """
-

@@ -7,11 +7,16 @@ rule tables:
         METRICS,
     output:
         [report_table(path) for path in TABLES],
+    log:
+        f"{RESULTS}/logs/tables.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/tables.tsv"
+    resources:
+        mem_mb=2000,
+        runtime=30,
     params:
         settings=settings("results"),
         folder=lambda wildcards, output: Path(output[0]).parent,
-    log:
-        f"{RESULTS}/logs/tables.log",
     shell:
         r"""
         fedamole tables \
@@ -28,11 +33,16 @@ rule figures:
         METRICS,
     output:
         [report_figure(path) for path in FIGURES],
+    log:
+        f"{RESULTS}/logs/figures.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/figures.tsv"
+    resources:
+        mem_mb=2000,
+        runtime=30,
     params:
         settings=settings("results"),
         folder=lambda wildcards, output: Path(output[0]).parent,
-    log:
-        f"{RESULTS}/logs/figures.log",
     shell:
         r"""
         fedamole figures \

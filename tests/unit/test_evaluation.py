@@ -1,0 +1,143 @@
+"""Scores of a model against the slow and obvious way of computing them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rouge import Rouge
+from tiny import EOS, make_store, tiny_llama
+from transformers import LlamaForCausalLM
+
+from fedamole.batches import collate
+from fedamole.datasets.tokens import TokenStore
+from fedamole.distributed import collect, process_group, share_of_rank
+from fedamole.evaluation import accuracy, evaluation_loss, generate, rouge_l
+from fedamole.settings import EvaluationSettings
+from fedamole.training import ScoredModel
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def group() -> Iterator[None]:
+    with process_group(cpu_threads=1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return tiny_llama(initializer_range=0.5)
+
+
+@pytest.fixture(scope="module")
+def store() -> TokenStore:
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(3, 40, size=n).tolist() for n in (5, 12, 7, 9, 12, 6, 8)]
+    prompts = [2, 7, 3, 8, 4, 5, 1]
+    return make_store(sequences, prompts, choices=[[5, EOS], [6, 7, EOS], [8, 9, 10, EOS]])
+
+
+def losses_one_by_one(model: LlamaForCausalLM, ids: np.ndarray, prompt: int) -> list[float]:
+    """Token losses of a response from the whole logits of one sequence without padding."""
+    tokens = torch.from_numpy(np.asarray(ids, dtype=np.int64))[None]
+    with torch.no_grad():
+        log_probs = model(input_ids=tokens).logits[0].log_softmax(-1)
+    return [-float(log_probs[t - 1, tokens[0, t]]) for t in range(prompt, len(ids))]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_evaluation_loss_is_the_mean_over_all_response_tokens(
+    model: LlamaForCausalLM, store: TokenStore, batch_size: int
+) -> None:
+    rows = store.clients[0].eval
+    expected = [
+        loss
+        for row in rows
+        for loss in losses_one_by_one(model, store.ids(row), store.prompt_length(row))
+    ]
+    scored = ScoredModel(model, 0.0).eval()
+    found = evaluation_loss(scored, store, rows, batch_size, CPU)
+    assert found == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_accuracy_takes_the_choice_with_the_lowest_mean_loss(
+    model: LlamaForCausalLM, store: TokenStore, batch_size: int
+) -> None:
+    rows = store.clients[0].test
+    expected = []
+    for row in rows:
+        prompt = store.ids(row)[: store.prompt_length(row)]
+        means = [
+            np.mean(losses_one_by_one(model, np.concatenate([prompt, choice]), len(prompt)))
+            for choice in store.choices
+        ]
+        expected.append(int(np.argmin(means)))
+    score = accuracy(ScoredModel(model, 0.0).eval(), store, rows, batch_size, CPU)
+    assert score.answers == expected
+    assert score.value == pytest.approx(np.mean(np.array(expected) == store.labels[rows]))
+    assert len(set(expected)) > 1
+
+
+def test_generation_in_batches_equals_one_at_a_time(
+    model: LlamaForCausalLM, store: TokenStore
+) -> None:
+    prompts = [store.ids(row)[: store.prompt_length(row)] for row in range(len(store))]
+    expected = []
+    for prompt in prompts:
+        tokens = list(map(int, prompt))
+        for _ in range(10):
+            with torch.no_grad():
+                token = int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax())
+            if token == EOS:
+                break
+            tokens.append(token)
+        expected.append(tokens[len(prompt) :])
+    settings = EvaluationSettings(batch_size=3, max_new_tokens=10)
+    assert generate(model, prompts, store, settings, CPU) == expected
+
+
+@pytest.mark.parametrize("hypothesis", ["", " ", "...", ". ."])
+def test_an_empty_answer_scores_zero(hypothesis: str) -> None:
+    assert rouge_l(hypothesis, "a reference") == 0.0
+
+
+def test_rouge_is_that_of_the_package_also_for_long_texts() -> None:
+    text, reference = "the cat sat on the mat . it slept", "a cat sat on a mat . it woke"
+    expected = Rouge().get_scores(text, reference)[0]["rouge-l"]["f"]
+    assert rouge_l(text, reference) == expected
+    assert 0.5 < expected < 1
+    long = " ".join(f"word{index}" for index in range(1200))
+    assert rouge_l(long, long) == pytest.approx(1.0)
+
+
+def test_a_batch_marks_just_the_response_tokens() -> None:
+    batch = collate([np.array([5, 6, 7, 8]), np.array([9, 10])], [2, 1], pad_id=0)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 10, 0, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.positions.tolist() == [0, 1, 2]
+    assert batch.targets.tolist() == [[-100, 7, 8], [10, -100, -100]]
+    assert batch.num_targets == 3
+
+
+def test_one_rank_has_all_the_work() -> None:
+    items = [[1], [2], [3]]
+    assert share_of_rank(items) == items
+    assert collect(["a", "b", "c"], 3) == ["a", "b", "c"]
+
+
+def test_tokens_of_a_store_on_disk_are_scored_alike(
+    model: LlamaForCausalLM, store: TokenStore, tmp_path: Path
+) -> None:
+    from fedamole.artifacts import Header
+    from fedamole.datasets.tokens import write_store
+
+    write_store(tmp_path / "tokens", Header("tokens", "d"), store)
+    mapped = TokenStore.open(tmp_path / "tokens", "d")
+    assert isinstance(mapped.input_ids, np.memmap)
+    scored = ScoredModel(model, 0.0).eval()
+    rows = store.clients[0].eval
+    expected = evaluation_loss(scored, store, rows, 4, CPU)
+    assert evaluation_loss(scored, mapped, mapped.clients[0].eval, 4, CPU) == expected

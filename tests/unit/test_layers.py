@@ -1,0 +1,95 @@
+"""Imports go downwards only, and what the Snakefile parses stays torch-free and quick."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2] / "fedamole"
+
+# Lowest first; a module may import from its own layer and those before. See ARCHITECTURE.md.
+LAYERS = [
+    {"errors", "__init__"},
+    {"registry", "settings", "config", "stages", "randomness"},
+    {"artifacts", "pools", "hdf5", "pool_files", "records"},
+    {"partition", "assignment", "aggregation", "targets", "results", "rendering", "tables"}
+    | {"figure_data", "drawing", "figures", "config_reference"},
+    {"datasets", "distributed", "batches", "hmole_function", "hmole", "hmole_peft", "backbone"}
+    | {"adapters", "training", "embeddings", "evaluation", "client"},
+    {"methods"},
+    {"cli", "__main__"},
+]
+HEAVY = {"torch", "transformers", "peft", "deepspeed", "datasets", "pandas", "matplotlib"}
+
+
+def unit_of(path: Path) -> str:
+    """The module, or the sub-package, that a file belongs to."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def layer_of(unit: str) -> int:
+    found = [level for level, units in enumerate(LAYERS) if unit in units]
+    assert found, f"fedamole.{unit} has no layer: add it here and to ARCHITECTURE.md"
+    return found[0]
+
+
+def imported_units(path: Path) -> set[str]:
+    """Units of fedamole that a file imports, whether at its top or inside a function."""
+    units = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "fedamole" and len(parts) > 1:
+                inner = PACKAGE / parts[1]
+                exists = inner.is_dir() or inner.with_suffix(".py").is_file()
+                units.add(parts[1] if exists else "__init__")
+    return units
+
+
+def type_checking_imports(path: Path) -> set[str]:
+    """Units that a file imports for annotations only."""
+    tree = ast.parse(path.read_text())
+    blocks = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    return {
+        (node.module or "").split(".")[1]
+        for block in blocks
+        for node in ast.walk(block)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedamole.")
+    }
+
+
+def test_imports_go_downwards() -> None:
+    upwards = [
+        f"{path.relative_to(PACKAGE)} imports fedamole.{unit}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for unit in imported_units(path) - type_checking_imports(path)
+        if layer_of(unit) > layer_of(unit_of(path))
+    ]
+    assert upwards == []
+
+
+def test_methods_do_not_import_each_other() -> None:
+    shared = {"__init__", "building_blocks"}
+    methods = {path.stem for path in PACKAGE.glob("methods/*.py")} - shared
+    for path in PACKAGE.glob("methods/*.py"):
+        text = path.read_text()
+        assert not {m for m in methods if f"from fedamole.methods.{m} import" in text}, path
+
+
+def test_what_the_snakefile_imports_is_light() -> None:
+    code = (
+        "import sys, fedamole.stages, fedamole.config, fedamole.registry, fedamole.results\n"
+        "import fedamole.cli; fedamole.cli._parser()\n"
+        "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(done.stdout.split())

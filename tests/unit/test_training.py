@@ -1,0 +1,259 @@
+"""Local training is the same however the batch is cut into passes, ranks and ZeRO stages."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedamole import stages
+from fedamole.config import load_config, read_yaml
+from fedamole.pool_files import read_assignment, read_client_state, read_upload
+from fedamole.settings import TrainingSettings
+from fedamole.training import learning_rate, steps_per_round
+
+pytestmark = pytest.mark.xdist_group("training")
+
+CHECKOUT = Path(__file__).parents[2]
+# One thread per process: two OpenMP threads on busy cores are 10 to 30 times slower.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def fedamole(*arguments: str | Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run a command, under torchrun for several ranks, as the rules do."""
+    launcher = [sys.executable, "-m", "fedamole"]
+    if ranks > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc-per-node", str(ranks), "--module", "fedamole"]
+    return subprocess.run(
+        [*launcher, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=240,
+    )
+
+
+def succeed(*arguments: str | Path, ranks: int = 1) -> None:
+    done = fedamole(*arguments, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+
+
+class Workshop:
+    """The smoke config's files up to round 0, made by the commands themselves."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.raw = read_yaml(CHECKOUT / "configs/smoke.yaml")
+        self.raw["training"] = {
+            "steps": 4,
+            "batch_size": 4,
+            "micro_batch_size": 1,
+            "learning_rate": 1e-3,
+        }
+        self.backbone, self.tokens = folder / "backbone", folder / "tokens"
+        stage = self.stage()
+        tokens = stage.run.tokens
+        settings = {
+            "backbone": stages.canonical_json(tokens.backbone),
+            "scenario": stages.canonical_json(tokens.scenario),
+            "tokens": stages.canonical_json(tokens),
+        }
+        partition = folder / "partition.json"
+        succeed("prepare-backbone", "--settings", settings["backbone"], "--out", self.backbone)
+        succeed("partition", "--settings", settings["scenario"], "--out", partition)
+        inputs = ("--partition", partition, "--backbone", self.backbone)
+        succeed("tokenize", "--settings", settings["tokens"], *inputs, "--out", self.tokens)
+
+    def stage(self, run: str = "fedamole", **training: Any) -> stages.ClientStage:
+        raw = json.loads(json.dumps(self.raw))
+        raw["training"].update(training)
+        config = load_config(raw, CHECKOUT / "configs")
+        return stages.client_stage(config, next(iter(config.scenario_seeds())), run)
+
+    def train(
+        self, name: str, clients: list[int], ranks: int = 1, run: str = "fedamole", **training: Any
+    ) -> Path:
+        """Train clients in round 1 from a fresh pool; give the folder with their uploads."""
+        stage = self.stage(run, ranks=ranks, **training)
+        folder = self.folder / name
+        pool, assignment = folder / "pool.h5", folder / "assignment.h5"
+        succeed(
+            *("init-server", "--settings", stages.canonical_json(stage.run)),
+            *("--backbone", self.backbone, "--out-pool", pool, "--out-assignment", assignment),
+        )
+        succeed(
+            *("train-clients", "--settings", stages.canonical_json(stage), "--round", "1"),
+            *("--clients", *map(str, clients), "--backbone", self.backbone),
+            *("--tokens", self.tokens, "--pool", pool, "--assignment", assignment),
+            *("--out-uploads", *(folder / f"client_{k}.h5" for k in clients)),
+            *("--out-metrics", *(folder / f"metrics_{k}.json" for k in clients)),
+            ranks=ranks,
+        )
+        return folder
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture(scope="module")
+def one_rank(workshop: Workshop) -> Path:
+    return workshop.train("one-rank", [0, 1])
+
+
+def tensors(path: Path) -> dict[str, np.ndarray]:
+    upload = read_upload(path)
+    arrays = {"client embeddings": upload.client_embeddings_MR}
+    for name, group in upload.state.groups.items():
+        arrays |= {f"{name} experts {key}": value for key, value in group.experts.items()}
+        arrays |= {f"{name} shared {key}": value for key, value in group.shared.items()}
+        arrays[f"{name} expert embeddings"] = upload.expert_embeddings[name]
+    return arrays
+
+
+@pytest.mark.parametrize(
+    ("ranks", "deepspeed"),
+    [(1, "zero2"), (1, "zero3"), (1, "zero3_offload"), (2, "zero1"), (2, "zero2"), (2, "zero3")],
+)
+def test_ranks_and_zero_stages_give_the_same_weights(
+    workshop: Workshop, one_rank: Path, ranks: int, deepspeed: str
+) -> None:
+    folder = workshop.train(f"{ranks}-{deepspeed}", [0], ranks=ranks, deepspeed=deepspeed)
+    expected, found = tensors(one_rank / "client_0.h5"), tensors(folder / "client_0.h5")
+    assert expected.keys() == found.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5, err_msg=name)
+    routed = read_upload(one_rank / "client_0.h5").tokens
+    for name, counts in read_upload(folder / "client_0.h5").tokens.items():
+        assert counts.sum() == routed[name].sum()
+
+
+@pytest.mark.parametrize("deepspeed", ["zero1", "zero3"])
+def test_adapters_stay_float32_over_a_bfloat16_backbone(
+    workshop: Workshop, one_rank: Path, deepspeed: str
+) -> None:
+    workshop.raw["backbone"]["dtype"] = "bfloat16"
+    folder = workshop.train(f"bfloat16-{deepspeed}", [0], deepspeed=deepspeed)
+    workshop.raw["backbone"].pop("dtype")
+    expected, found = tensors(one_rank / "client_0.h5"), tensors(folder / "client_0.h5")
+    for name, array in expected.items():
+        assert found[name].dtype == np.float32, name
+        # Adam's first steps have a size of the learning rate each, whatever the gradient.
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=8e-3, err_msg=name)
+
+
+def test_gradient_checkpointing_gives_the_same_weights(workshop: Workshop, one_rank: Path) -> None:
+    workshop.raw["backbone"]["gradient_checkpointing"] = True
+    folder = workshop.train("checkpointing", [0])
+    workshop.raw["backbone"].pop("gradient_checkpointing")
+    expected, found = tensors(one_rank / "client_0.h5"), tensors(folder / "client_0.h5")
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-6, err_msg=name)
+    routed = read_upload(one_rank / "client_0.h5").tokens
+    for name, counts in read_upload(folder / "client_0.h5").tokens.items():
+        assert np.array_equal(counts, routed[name])
+
+
+def test_steps_follow_from_epochs() -> None:
+    settings = TrainingSettings(local_epochs=3, batch_size=4)
+    assert steps_per_round(settings, num_examples=10) == 8
+    assert steps_per_round(TrainingSettings(), num_examples=10) == 200
+    assert learning_rate(TrainingSettings(learning_rate=1.0), round_=3) == pytest.approx(0.99**2)
+
+
+def test_training_moves_every_kind_of_tensor(one_rank: Path) -> None:
+    stage_free = read_client_state(
+        one_rank / "pool.h5", read_assignment(one_rank / "assignment.h5"), client=0
+    )
+    trained = read_upload(one_rank / "client_0.h5").state
+    for name, group in stage_free.groups.items():
+        for key, before in {**group.experts}.items():
+            assert not np.array_equal(before, trained.groups[name].experts[key]), key
+        for key, before in group.shared.items():
+            assert not np.array_equal(before, trained.groups[name].shared[key]), key
+
+
+def test_a_client_trained_alone_gives_the_same_bytes(workshop: Workshop, one_rank: Path) -> None:
+    alone = workshop.train("alone", [1])
+    for name in ("client_1.h5", "metrics_1.json"):
+        assert (alone / name).read_bytes() == (one_rank / name).read_bytes()
+
+
+def test_fedit_is_plain_lora_trained_by_hand(workshop: Workshop) -> None:
+    """The whole path from tokens to upload against PEFT's LoRA and a plain training loop."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from fedamole.backbone import load_backbone
+    from fedamole.batches import stream_of_examples
+    from fedamole.datasets.tokens import TokenStore
+
+    folder = workshop.train("fedit", [2], run="fedit", batch_size=1)
+    stage = workshop.stage("fedit", batch_size=1)
+    # Dropout masks have no common order with PEFT's.
+    workshop.raw["adapter"] = {**workshop.raw["adapter"], "dropout": 0.0}
+    folder = workshop.train("fedit-without-dropout", [2], run="fedit", batch_size=1)
+    workshop.raw["adapter"].pop("dropout")
+
+    torch.set_num_threads(1)
+    model = load_backbone(workshop.backbone, stage.run.backbone)
+    config = LoraConfig(r=4, lora_alpha=16, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(model, config)
+    initial = read_client_state(folder / "pool.h5", None, client=2)
+    layers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    with torch.no_grad():
+        for group in initial.groups.values():
+            for index, module in enumerate(group.modules):
+                for key in ("lora_A", "lora_B"):
+                    weight = torch.from_numpy(group.shared[key][index])
+                    getattr(layers[module], key)["default"].weight.copy_(weight)
+    store = TokenStore.open(workshop.tokens)
+    rows = store.clients[2]
+    train_rows = np.concatenate([rows.train, rows.embedding])
+    order = train_rows[stream_of_examples(len(train_rows), 0, 4, stage.run.seed, 2)]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trainable, lr=1e-3)
+    for row in order:
+        ids = torch.from_numpy(store.ids(row).astype(np.int64))[None]
+        labels = ids.clone()
+        labels[:, : store.prompt_length(row)] = -100
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+
+    uploaded = read_upload(folder / "client_2.h5").state
+    for group in uploaded.groups.values():
+        for index, module in enumerate(group.modules):
+            for key in ("lora_A", "lora_B"):
+                expected = getattr(layers[module], key)["default"].weight.detach().numpy()
+                np.testing.assert_allclose(group.shared[key][index], expected, atol=2e-6)
+
+
+def test_a_loss_that_is_not_finite_is_one_clear_line(workshop: Workshop) -> None:
+    stage = workshop.stage(learning_rate=1e30)
+    folder = workshop.folder / "diverged"
+    pool, assignment = folder / "pool.h5", folder / "assignment.h5"
+    succeed(
+        *("init-server", "--settings", stages.canonical_json(stage.run)),
+        *("--backbone", workshop.backbone, "--out-pool", pool, "--out-assignment", assignment),
+    )
+    done = fedamole(
+        *("train-clients", "--settings", stages.canonical_json(stage), "--round", "1"),
+        *("--clients", "0", "--backbone", workshop.backbone, "--tokens", workshop.tokens),
+        *("--pool", pool, "--assignment", assignment),
+        *("--out-uploads", folder / "client.h5", "--out-metrics", folder / "metrics.json"),
+    )
+    assert done.returncode == 2
+    assert "round 1 client 0: the loss of step 2 is nan; try a lower training: learn" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (folder / "client.h5").exists()
