@@ -31,7 +31,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install ## fine-tune SmolLM2-135M on four clients and print the table
 	@echo "running configs/demo.yaml (about six minutes the first time); logs: results/demo/logs"
-	@snakemake --configfile configs/demo.yaml --cores $(CORES) --quiet all
+	@snakemake --configfile configs/demo.yaml --cores $(CORES) \
+		--quiet host rules progress reason
 	@snakemake --configfile configs/demo.yaml --cores 1 --quiet all \
 		--report results/demo/report.html
 	@fedamole show --configfile configs/demo.yaml
@@ -45,7 +46,7 @@ check: install ## lint, types, formats, and a dry run of every config
 	@snakefmt --check Snakefile workflow
 	@mypy
 	@snakemake --lint --configfile configs/smoke.yaml
-	@for config in configs/*.yaml configs/paper/*.yaml; do \
+	@for config in $(wildcard configs/*.yaml configs/paper/*.yaml); do \
 		echo "dry run of $$config"; \
 		snakemake -n --quiet all --configfile $$config || exit 1; \
 	done
@@ -53,8 +54,9 @@ check: install ## lint, types, formats, and a dry run of every config
 bench: install ## ratios against PEFT LoRA and the frozen backbone
 	@python benchmarks/layer.py
 
-schema: install ## write the JSON schema of the config
+schema: install ## write the schema and the reference of the config
 	@fedamole schema > workflow/schemas/config.schema.json
+	@fedamole schema --markdown --into configs/README.md
 
 format: install ## format the code
 	@ruff check --fix . && ruff format . && snakefmt Snakefile workflow

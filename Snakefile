@@ -6,7 +6,7 @@ from snakemake.utils import min_version
 
 min_version("9.10")
 
-if not config:
+if not workflow.configfiles:
 
     configfile: "configs/demo.yaml"
 
@@ -26,7 +26,9 @@ report: "workflow/report/workflow.rst"
 
 localrules:
     all,
+    gather,
     tables,
+    figures,
 
 
 rule all:

@@ -110,8 +110,13 @@ def replacing(path: Path) -> Iterator[Path]:
         yield scratch
         _flush(scratch)
         if path.is_dir():
-            shutil.rmtree(path)
-        scratch.replace(path)
+            # A folder cannot be replaced in one step; this way its name never holds half of one.
+            old = scratch.with_suffix(".old")
+            path.replace(old)
+            scratch.replace(path)
+            shutil.rmtree(old)
+        else:
+            scratch.replace(path)
     except OSError as error:
         raise _storage_error(path, error) from error
     finally:

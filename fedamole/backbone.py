@@ -1,5 +1,6 @@
 """The frozen language model: made ready once (any source), loaded by every job."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -65,7 +66,7 @@ def describe(folder: Path, settings: BackboneSource) -> dict[str, Any]:
     -------
     dict
         ``modules`` (all linear layers: name, in_features, out_features), ``default_targets``,
-        ``num_parameters``, ``model_type``, ``weights`` (SHA-256 by file name).
+        ``num_parameters``, ``model_type``, ``files`` (SHA-256 by name: weights, tokenizer ...).
     """
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
 
@@ -80,15 +81,21 @@ def describe(folder: Path, settings: BackboneSource) -> dict[str, Any]:
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear) and layer is not head
     ]
-    weights = [path for pattern in WEIGHTS for path in sorted(folder.glob(pattern))]
     return {
         "name": settings.name,
         "model_type": config.model_type,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "default_targets": sorted(TARGETS.get(config.model_type, [])),
+        "default_targets": _names_of_targets(TARGETS.get(config.model_type, []), modules),
         "modules": [asdict(module) for module in modules],
-        "weights": {path.name: sha256(path) for path in weights},
+        "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
     }
+
+
+def _names_of_targets(default: Any, modules: list[ModuleShape]) -> list[str]:
+    """Ends of names, or the whole names that match where PEFT's default is a pattern."""
+    if isinstance(default, str):
+        return sorted(module.name for module in modules if re.fullmatch(default, module.name))
+    return sorted(default)
 
 
 def load_backbone(folder: Path, settings: BackboneSettings) -> PreTrainedModel:

@@ -30,7 +30,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 class Config(Section):
     """A whole study: scenarios x seeds x methods over one backbone."""
 
-    results: str = Field(default="results", min_length=1)
+    results: str = Field(default="results", pattern=r"^[^{}*?\[\]]+$")
     """Folder for everything that is produced."""
     seeds: list[int] = Field(default=[42], min_length=1)
     """Root seeds; each gives its own split, pool and training order."""
@@ -85,6 +85,29 @@ class Config(Section):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> "Config":
+        if (
+            "reference" in self.tables.model_fields_set
+            and self.tables.reference not in self.methods
+        ):
+            raise ValueError(
+                f"tables: reference {self.tables.reference!r} is not among the methods "
+                f"{', '.join(self.methods)}"
+            )
+        if 0 < self.execution.gpus < self.training.ranks:
+            raise ValueError(
+                f"execution: gpus {self.execution.gpus} must be 0 (CPU) or at least "
+                f"training: ranks {self.training.ranks}"
+            )
+        datasets = {scenario.dataset.name: scenario.dataset for scenario in self.scenarios}
+        for scenario in self.scenarios:
+            if datasets[scenario.dataset.name] != scenario.dataset:
+                raise ValueError(
+                    f"data set name {scenario.dataset.name!r} stands for two different data sets"
+                )
+        return self
+
     def scenario_seeds(self) -> dict[str, tuple[ScenarioSettings, int]]:
         """Map the slug of every (scenario, seed) to both, in config order."""
         return {
@@ -115,10 +138,13 @@ def load_config(raw: Mapping[str, Any], library: Path, origin: str = "config") -
     FedamoleError
         In one line per mistake: the setting, its value, and what is allowed.
     """
-    data = json.loads(json.dumps(raw))
-    data["backbone"] = _named(data.get("backbone"), library / "models", "backbone", origin)
+    if not isinstance(raw, Mapping):
+        raise FedamoleError(f"{origin}: holds no settings; a mapping of names to values is needed")
+    data = _plain(raw)
+    if "backbone" in data:
+        data["backbone"] = _named(data["backbone"], library / "models", "backbone", origin)
     for scenario in data.get("scenarios") or []:
-        if isinstance(scenario, dict):
+        if isinstance(scenario, dict) and "dataset" in scenario:
             where = f"scenarios: dataset of {scenario.get('name') or scenario.get('partition')}"
             scenario["dataset"] = _named(
                 scenario.get("dataset"), library / "datasets", where, origin
@@ -172,14 +198,19 @@ def _named(value: Any, folder: Path, what: str, origin: str) -> Any:
     if not isinstance(value, str):
         return value
     is_path = "/" in value or value.endswith((".yaml", ".yml", ".json"))
-    candidates = [Path(value)] if is_path else sorted(folder.glob(f"{value}.*"))
-    if not candidates or not candidates[0].is_file():
-        known = sorted(path.stem for path in folder.glob("*.*"))
+    files = {path.stem: path for path in sorted(folder.glob("*.*"))}
+    path = Path(value) if is_path else files.get(value)
+    if path is None or not path.is_file():
         raise FedamoleError(
-            f"{origin}: {what} {value!r} is unknown; allowed: {', '.join(known)}, "
+            f"{origin}: {what} {value!r} is unknown; allowed: {', '.join(files)}, "
             "the path of a file, or the section itself"
         )
-    return read_yaml(candidates[0])
+    return _plain(read_yaml(path))
+
+
+def _plain(data: Any) -> Any:
+    """Keep what JSON can say: dates and keys that are numbers become text."""
+    return json.loads(json.dumps(data, default=str))
 
 
 def _explain(section: type[Section], error: Any) -> str:

@@ -1,6 +1,7 @@
 """The processes that train one client together: start, share of the work, exchange."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -9,17 +10,34 @@ import torch
 import torch.distributed
 from torch.utils import deterministic
 
+from fedamole.errors import FedamoleError
+
 ItemT = TypeVar("ItemT")
 
 
 @contextlib.contextmanager
-def process_group(cpu_threads: int) -> Iterator[torch.device]:
+def process_group(ranks: int, cpu_threads: int) -> Iterator[torch.device]:
     """Join the process group of this job and give the device of this rank.
 
-    Under a launcher (torchrun, srun) rank and world size come from the environment. Without one, a
-    single process forms a group of its own over an in-memory store: no port is opened, so that any
-    number of jobs can start on one machine at once.
+    Under torchrun, rank and world size come from the environment. Without it, a single process
+    forms a group of its own over an in-memory store: no port is opened, so that any number of jobs
+    can start on one machine at once. Only rank 0 logs.
+
+    Parameters
+    ----------
+    ranks
+        Processes that the settings ask for.
+    cpu_threads
+        Threads of each process.
+
+    Raises
+    ------
+    FedamoleError
+        If the launcher started another number of processes.
     """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != ranks:
+        raise FedamoleError(f"training: ranks is {ranks}, but {started} processes were started")
     torch.set_num_threads(cpu_threads)
     # A choice of kernel by timing would make the last bits depend on the load of the machine.
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -38,6 +56,8 @@ def process_group(cpu_threads: int) -> Iterator[torch.device]:
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    if rank() > 0:
+        logging.disable(logging.INFO)
     try:
         yield torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     finally:

@@ -9,6 +9,7 @@ import torch
 
 from fedamole.batches import collate
 from fedamole.datasets.tokens import TokenStore
+from fedamole.hmole import embed
 from fedamole.hmole_peft import collecting_embeddings
 from fedamole.pools import ClientState
 from fedamole.training import ScoredModel
@@ -44,7 +45,7 @@ def embed_client(
     batch_size: int,
     device: torch.device,
 ) -> Embedded:
-    """Average the embeddings of all tokens of the embedding set (algorithm section 2).
+    """Average the embeddings of all tokens of the embedding set (arXiv:2411.19128, section 4).
 
     The layers only collect the mean of x: mean(P x) = P mean(x). Every rank runs the whole set, so
     that each sums in the same order.
@@ -77,8 +78,14 @@ def embed_client(
             )
     clients, experts = [], {}
     for name, group in state.groups.items():
-        means_MD = np.stack([layers[module].input_mean().cpu().numpy() for module in group.modules])
-        clients.append(np.einsum("mrd,md->mr", group.shared["token_proj"], means_MD))
-        experts_NR = np.einsum("nrd,nd->nr", group.experts["lora_A"], means_MD[group.module_N])
-        experts[name] = experts_NR.astype(np.float32)
-    return Embedded(np.concatenate(clients).astype(np.float32), experts)
+        embeddings = []
+        for index, module in enumerate(group.modules):
+            client_R, experts_NR = embed(
+                layers[module].input_mean().cpu(),
+                torch.from_numpy(group.experts["lora_A"][group.module_N == index]),
+                torch.from_numpy(group.shared["token_proj"][index]),
+            )
+            clients.append(client_R.numpy())
+            embeddings.append(experts_NR.numpy())
+        experts[name] = np.concatenate(embeddings)
+    return Embedded(np.stack(clients), experts)

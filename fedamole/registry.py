@@ -19,8 +19,9 @@ class Row:
     Attributes
     ----------
     run
-        Name of the federated run; several rows may share one. Also the module in
-        ``fedamole/methods`` (with ``-`` read as ``_``).
+        Name of the federated run; several rows may share one.
+    module
+        Module in ``fedamole/methods`` with the run's method; variants share a module.
     evaluated
         ``"local"``: each client's model right after its local training, the personalised number.
         ``"aggregated"``: the averaged model, tested on every client.
@@ -31,16 +32,17 @@ class Row:
     """
 
     run: str
+    module: str
     evaluated: Evaluated
     trains: bool = True
     assigns: bool = False
 
 
 METHODS: dict[str, Row] = {
-    "fedamole": Row("fedamole", "local", assigns=True),
-    "fedit": Row("fedit", "aggregated"),
-    "fedit-ft": Row("fedit", "local"),
-    "zero-shot": Row("zero-shot", "aggregated", trains=False),
+    "fedamole": Row("fedamole", "fedamole", "local", assigns=True),
+    "fedit": Row("fedit", "fedit", "aggregated"),
+    "fedit-ft": Row("fedit", "fedit", "local"),
+    "zero-shot": Row("zero-shot", "zero_shot", "aggregated", trains=False),
 }
 
 

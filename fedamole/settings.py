@@ -91,6 +91,12 @@ class BackboneLoading(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
+    @model_validator(mode="after")
+    def _attention_knows_the_dtype(self) -> "BackboneLoading":
+        if self.attention == "flash_attention_2" and self.dtype == "float32":
+            raise ValueError("attention flash_attention_2 needs dtype bfloat16 or float16")
+        return self
+
 
 class BackboneSettings(BackboneLoading, BackboneSource):
     """The frozen language model: where it comes from, and how it is loaded."""
@@ -230,7 +236,7 @@ class PartitionSettings(Section):
     """How the classes are spread over the clients."""
 
     kind: Literal["dirichlet", "meta", "pathological", "iid"]
-    """Law of the split; see algorithm section 3."""
+    """Law of the split."""
     alpha: float | None = Field(default=None, gt=0)
     """Concentration of the Dirichlet law; small is heterogeneous."""
     classes_per_client: int | None = Field(default=None, ge=1)

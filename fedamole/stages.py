@@ -8,6 +8,7 @@ import hashlib
 import json
 
 from fedamole.config import Config, SectionT
+from fedamole.registry import METHODS
 from fedamole.settings import (
     AdapterSettings,
     AggregationSettings,
@@ -23,12 +24,15 @@ from fedamole.settings import (
     TrainingSettings,
 )
 
+# Raised when a change of the code, or of a default, changes what the stage writes.
+VERSIONS = {"backbone": 1, "scenario": 1, "tokens": 1, "run": 1, "client": 1, "results": 1}
+
 
 class BackboneStage(Section):
     """Settings of ``prepare-backbone``."""
 
-    version: int = 1
-    """Raised when a change of the code changes the backbone."""
+    version: int = 0
+    """Version of the code of the stage; see VERSIONS."""
     backbone: BackboneSource
     """Where the model comes from."""
     corpus: list[DatasetSettings] = []
@@ -38,8 +42,8 @@ class BackboneStage(Section):
 class ScenarioStage(Section):
     """Settings of ``partition``."""
 
-    version: int = 1
-    """Raised when a change of the code changes the split."""
+    version: int = 0
+    """Version of the code of the stage; see VERSIONS."""
     scenario: ScenarioSettings
     """The population."""
     seed: int
@@ -49,8 +53,8 @@ class ScenarioStage(Section):
 class TokensStage(Section):
     """Settings of ``tokenize``."""
 
-    version: int = 1
-    """Raised when a change of the code changes the tokens."""
+    version: int = 0
+    """Version of the code of the stage; see VERSIONS."""
     scenario: ScenarioStage
     """The population and its split."""
     backbone: BackboneStage
@@ -60,8 +64,8 @@ class TokensStage(Section):
 class RunStage(Section):
     """Settings of a federated run: ``init-server``, ``aggregate`` and ``assign``."""
 
-    version: int = 1
-    """Raised when a change of the code changes a pool or an upload."""
+    version: int = 0
+    """Version of the code of the stage; see VERSIONS."""
     run: str
     """Name of the run; see :mod:`fedamole.registry`."""
     tokens: TokensStage
@@ -97,8 +101,8 @@ class RunStage(Section):
 class ClientStage(Section):
     """Settings of ``train-clients`` and ``evaluate-clients``."""
 
-    version: int = 1
-    """Raised when a change of the code changes a metric."""
+    version: int = 0
+    """Version of the code of the stage; see VERSIONS."""
     run: RunStage
     """The federated run."""
     evaluation: EvaluationSettings
@@ -108,8 +112,8 @@ class ClientStage(Section):
 class ResultsStage(Section):
     """Settings of ``tables`` and ``figures``."""
 
-    version: int = 1
-    """Raised when a change of the code changes a table."""
+    version: int = 0
+    """Version of the code of the stage; see VERSIONS."""
     tables: TablesSettings
     """What is shown."""
     methods: list[str]
@@ -126,41 +130,59 @@ def backbone_stage(config: Config) -> BackboneStage:
     if config.backbone.generate:
         corpus = {scenario.dataset.name: scenario.dataset for scenario in config.scenarios}
     source = _part(config.backbone, BackboneSource)
-    return BackboneStage(backbone=source, corpus=list(corpus.values()))
+    return BackboneStage(
+        version=VERSIONS["backbone"], backbone=source, corpus=list(corpus.values())
+    )
 
 
 def scenario_stage(config: Config, scenario: str) -> ScenarioStage:
     """Settings of ``partition`` for a scenario slug."""
     settings, seed = config.scenario_seeds()[scenario]
-    return ScenarioStage(scenario=settings, seed=seed)
+    return ScenarioStage(version=VERSIONS["scenario"], scenario=settings, seed=seed)
 
 
 def tokens_stage(config: Config, scenario: str) -> TokensStage:
     """Settings of ``tokenize`` for a scenario slug."""
-    return TokensStage(scenario=scenario_stage(config, scenario), backbone=backbone_stage(config))
+    return TokensStage(
+        version=VERSIONS["tokens"],
+        scenario=scenario_stage(config, scenario),
+        backbone=backbone_stage(config),
+    )
 
 
 def run_stage(config: Config, scenario: str, run: str) -> RunStage:
-    """Settings of the server's commands for a scenario slug and a run."""
+    """Settings of the server's commands for a scenario slug and a run.
+
+    What a run does not use keeps its default: a change of the assignment reruns no baseline.
+    """
+    rows = [row for row in METHODS.values() if row.run == run]
+    trains, assigns = any(row.trains for row in rows), any(row.assigns for row in rows)
+    untrained = TrainingSettings(cpu_threads=config.training.cpu_threads)
     return RunStage(
+        version=VERSIONS["run"],
         run=run,
         tokens=tokens_stage(config, scenario),
         loading=_part(config.backbone, BackboneLoading),
-        adapter=config.adapter,
-        assignment=config.assignment,
-        aggregation=config.aggregation,
-        training=config.training,
+        adapter=config.adapter if trains else AdapterSettings(),
+        assignment=config.assignment if assigns else AssignmentSettings(),
+        aggregation=config.aggregation if trains else AggregationSettings(),
+        training=config.training if trains else untrained,
     )
 
 
 def client_stage(config: Config, scenario: str, run: str) -> ClientStage:
     """Settings of the clients' commands for a scenario slug and a run."""
-    return ClientStage(run=run_stage(config, scenario, run), evaluation=config.evaluation)
+    return ClientStage(
+        version=VERSIONS["client"],
+        run=run_stage(config, scenario, run),
+        evaluation=config.evaluation,
+    )
 
 
 def results_stage(config: Config) -> ResultsStage:
     """Settings of ``tables`` and ``figures``."""
     return ResultsStage(
+        version=VERSIONS["results"],
         tables=config.tables,
         methods=config.methods,
         scenarios={

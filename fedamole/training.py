@@ -158,10 +158,12 @@ def train(
         Of this rank.
     """
     engine.train()
+    # None shows the bar on a terminal only.
+    hidden = True if distributed.rank() else None
     losses: list[torch.Tensor] = []
     counts: dict[str, torch.Tensor] = {}
     started = time.monotonic()
-    for step, batches in enumerate(tqdm(steps, unit="step", leave=False, disable=None)):
+    for step, batches in enumerate(tqdm(steps, unit="step", leave=False, disable=hidden)):
         num_targets = sum(batch.num_targets for batch in batches)
         loss = torch.zeros((), device=device)
         for number in range(distributed.rank(), len(batches), distributed.world_size()):

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fedamole",
         description="Federated fine-tuning of language models with a mixture of LoRA experts. "
-        "The workflow calls most of these commands; `pool`, `results` and `schema` are for people.",
+        "The workflow calls most of these commands; `pool`, `show` and `schema` are for people.",
     )
     parser.add_argument("--version", action="version", version=f"fedamole {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")

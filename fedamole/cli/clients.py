@@ -96,7 +96,8 @@ def _session(args: argparse.Namespace, settings: ClientStage) -> "Iterator[Clien
     clients = settings.run.scenario.clients
     if beyond := [client for client in args.clients if not 0 <= client < clients]:
         raise FedamoleError(f"--clients {beyond[0]}: the scenario has clients 0 to {clients - 1}")
-    with process_group(settings.run.training.cpu_threads) as device:
+    training = settings.run.training
+    with process_group(training.ranks, training.cpu_threads) as device:
         yield ClientSession(settings, args.backbone, store, device)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fedamole import stages
 from fedamole.artifacts import Header, sha256, write_record
+from fedamole.cli.libraries import prepare_libraries
 from fedamole.config import parse
 from fedamole.errors import FedamoleError
 
@@ -84,6 +85,7 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> "PreTrainedTokeniz
     """Load the tokenizer of a prepared backbone."""
     if not (folder / "backbone.json").is_file():
         raise FedamoleError(f"{folder}: is not a prepared backbone (it has no backbone.json)")
+    prepare_libraries(offline=True)
     from transformers import AutoTokenizer
 
     try:

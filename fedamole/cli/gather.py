@@ -1,6 +1,7 @@
 """The command that collects a run's small facts: the only interface between training and tables."""
 
 import argparse
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from fedamole.artifacts import Header, canonical, read_record, replacing, sha256
 from fedamole.config import parse
 from fedamole.pools import Assignment
+from fedamole.records import KIND
 from fedamole.registry import lookup
 from fedamole.stages import ClientStage, digest
 
@@ -49,8 +51,12 @@ def run_gather(args: argparse.Namespace) -> None:
     clients = [read_record(path, "metrics", stage_digest)[1] for path in args.metrics]
     partition = read_record(args.partition, "partition", digest(settings.run.tokens.scenario))[1]
     assignments = [read_assignment(path, digest(settings.run)) for path in args.assignments]
-    parents = {path.name: sha256(path) for path in [args.partition]}
-    header = json.loads(Header("metrics-table", stage_digest, parents).to_json())
+    parents = {
+        "partition": sha256(args.partition),
+        "metrics": _digest_of_all(args.metrics),
+        "assignments": _digest_of_all(args.assignments),
+    }
+    header = json.loads(Header(KIND, stage_digest, parents).to_json())
     records = [
         {"header": header},
         _run_record(args.scenario, args.method, settings, clients),
@@ -60,6 +66,11 @@ def run_gather(args: argparse.Namespace) -> None:
     ]
     with replacing(args.out) as scratch:
         scratch.write_text("".join(canonical(record) + "\n" for record in records))
+
+
+def _digest_of_all(paths: list[Path]) -> str:
+    """One SHA-256 for many files, in the order given."""
+    return hashlib.sha256("".join(map(sha256, paths)).encode()).hexdigest()
 
 
 def _run_record(

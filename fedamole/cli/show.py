@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fedamole.config import load_config, read_yaml
+from fedamole.config import read_yaml
 from fedamole.errors import FedamoleError
 
 
@@ -16,8 +16,10 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run_show(args: argparse.Namespace) -> None:
     """Print the main table and the places of tables, figures and report."""
-    config = load_config(read_yaml(args.configfile), Path("configs"), str(args.configfile))
-    results = Path(config.results)
+    config = read_yaml(args.configfile)
+    if not isinstance(config, dict):
+        raise FedamoleError(f"{args.configfile}: holds no settings")
+    results = Path(config.get("results", "results"))
     table = results / "tables" / "main.md"
     if not table.is_file():
         raise FedamoleError(

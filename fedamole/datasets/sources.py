@@ -12,7 +12,7 @@ from fedamole.errors import FedamoleError
 from fedamole.settings import SourceSettings
 
 MAX_TASKS = 100
-"""Tasks of Natural Instructions that are used: the largest ones (algorithm section 3)."""
+"""Tasks of Natural Instructions that are used: the largest ones."""
 
 _YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 

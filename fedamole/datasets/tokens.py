@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fedamole.artifacts import Header, read_record, replacing, write_record
+from fedamole.artifacts import Header, read_record, replacing, sha256, write_record
 from fedamole.errors import FedamoleError
 from fedamole.partition import ClientSplit
 
@@ -138,6 +138,7 @@ def write_store(path: Path, header: Header, store: TokenStore) -> None:
             "cut": store.cut,
             "sequences": len(store),
             "tokens": len(store.input_ids),
+            "files": {f"{name}.npy": sha256(scratch / f"{name}.npy") for name in _DTYPES},
         }
         write_record(scratch / "meta.json", header, meta)
         owners = Header("token-clients", header.digest, header.parents)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class Method:
     """A federated method: five pure functions.
 
-    A variant of a method is :func:`dataclasses.replace` with another function.
+    A module of this package gives its methods by run name, in ``RUNS``. A variant of a method is
+    :func:`dataclasses.replace` with another function.
 
     Attributes
     ----------
@@ -50,9 +51,8 @@ def load(run: str) -> Method:
     FedamoleError
         If there is no such run.
     """
-    runs = sorted({row.run for row in METHODS.values()})
-    if run not in runs:
-        raise FedamoleError(f"run {run!r} is unknown; allowed: {', '.join(runs)}")
-    method = import_module(f"fedamole.methods.{run.replace('-', '_')}").METHOD
-    assert isinstance(method, Method), f"fedamole.methods.{run}: METHOD is no Method"
-    return method
+    modules = {row.run: row.module for row in METHODS.values()}
+    if run not in modules:
+        raise FedamoleError(f"run {run!r} is unknown; allowed: {', '.join(modules)}")
+    runs: dict[str, Method] = import_module(f"fedamole.methods.{modules[run]}").RUNS
+    return runs[run]

@@ -26,4 +26,4 @@ def assign(settings: RunStage, pool: Pool, round_: int) -> Assignment:
     return assign_all(scores_MEK, settings.assignment, settings.adapter.top_k, pool.modules, round_)
 
 
-METHOD = adapter_method(init_pool, assign)
+RUNS = {"fedamole": adapter_method(init_pool, assign)}

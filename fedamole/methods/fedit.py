@@ -12,4 +12,4 @@ def init_pool(settings: RunStage, modules: Sequence[ModuleShape]) -> Pool:
     return init_adapters(settings, modules, num_experts=0)
 
 
-METHOD = adapter_method(init_pool)
+RUNS = {"fedit": adapter_method(init_pool)}

@@ -12,4 +12,4 @@ def init_pool(settings: RunStage, modules: Sequence[ModuleShape]) -> Pool:
     return Pool(groups={}, num_experts=0, provenance=None)
 
 
-METHOD = adapter_method(init_pool)
+RUNS = {"zero-shot": adapter_method(init_pool)}

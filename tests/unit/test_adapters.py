@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True, scope="module")
 def group() -> Iterator[None]:
-    with process_group(cpu_threads=1):
+    with process_group(ranks=1, cpu_threads=1):
         yield
 
 

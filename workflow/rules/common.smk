@@ -179,9 +179,12 @@ def assignments_of_row(wildcards):
     )
 
 
-def launcher():
-    """Command in front of what trains: torchrun for several ranks of one node, else nothing."""
-    ranks = CONFIG.training.ranks
+def launcher(wildcards, output):
+    """Params function: how to start what trains; torchrun for several ranks of one node.
+
+    It takes the outputs for the same reason as client_numbers: the settings already tell the ranks.
+    """
+    ranks = stages.run_stage(CONFIG, wildcards.scenario, wildcards.run).training.ranks
     if ranks == 1:
         return "fedamole"
     return f"torchrun --standalone --nproc-per-node {ranks} --module fedamole"

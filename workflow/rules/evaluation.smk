@@ -26,7 +26,7 @@ for clients, scenarios in shards():
         params:
             settings=settings("client"),
             clients=client_numbers(clients),
-            launcher=lambda wildcards, output: launcher(),
+            launcher=launcher,
         shell:
             r"""
             {params.launcher} evaluate-clients \

@@ -14,6 +14,9 @@ rule init_server:
         f"{RESULTS}/logs/{{scenario}}/{{run}}/round_000/init_server.log",
     benchmark:
         f"{RESULTS}/benchmarks/{{scenario}}/{{run}}/round_000/init_server.tsv"
+    resources:
+        mem_mb=2000,
+        runtime=30,
     params:
         settings=settings("run"),
     shell:
@@ -55,7 +58,7 @@ for clients, scenarios in shards():
         params:
             settings=settings("client"),
             clients=client_numbers(clients),
-            launcher=lambda wildcards, output: launcher(),
+            launcher=launcher,
         shell:
             r"""
             {params.launcher} train-clients \
