@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Two libraries with two OpenMP threads each on busy cores are slower than one thread by far.
 export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
@@ -32,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install ## fine-tune SmolLM2-135M on four clients and print the table
 	@echo "running configs/demo.yaml (about six minutes the first time); logs: results/demo/logs"
 	@snakemake --configfile configs/demo.yaml --cores $(CORES) \
-		--quiet host rules progress reason
+		--quiet host rules progress reason --show-failed-logs
 	@snakemake --configfile configs/demo.yaml --cores 1 --quiet all \
 		--report results/demo/report.html
 	@fedamole show --configfile configs/demo.yaml

@@ -8,7 +8,7 @@ min_version("9.10")
 
 if not workflow.configfiles:
 
-    configfile: "configs/demo.yaml"
+    configfile: str(Path(workflow.basedir) / "configs/demo.yaml")
 
 
 container: "workflow/envs/fedamole.sif"

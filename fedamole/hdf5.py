@@ -5,7 +5,8 @@ No compression, no pickle, no time stamps. What the arrays mean is in :mod:`feda
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections import UserDict
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,33 @@ def _write_array(file: h5py.File, name: str, array: np.ndarray) -> None:
     dataset.id.write(h5s.ALL, h5s.ALL, np.ascontiguousarray(array), mtype=kind)
 
 
+class _File(h5py.File):
+    """An HDF5 file that says in one line what is missing or damaged in it."""
+
+    def __getitem__(self, name: str) -> h5py.Group | h5py.Dataset:
+        with _reading(Path(self.filename)):
+            return super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        with _reading(Path(self.filename)):
+            return super().__contains__(name)
+
+
+class _Facts(UserDict[str, Any]):
+    """The facts of a file; one that is missing is a damage of the file."""
+
+    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
+        super().__init__(facts)
+        self._path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise FedamoleError(f"{self._path}: is damaged (it has no {key!r})")
+
+
 @contextlib.contextmanager
 def opened(
     path: Path, kind: str | None, digest: str | None
-) -> Iterator[tuple[h5py.File, dict[str, Any]]]:
+) -> Iterator[tuple[h5py.File, MutableMapping[str, Any]]]:
     """Open one of fedamole's files for reading.
 
     Parameters
@@ -96,20 +120,30 @@ def opened(
     ------
     FedamoleError
         If it is missing, broken, foreign, of another kind or of another config; also where the
-        block finds that something is missing.
+        block reads what is missing or broken. Other errors of the block stay what they are.
     """
-    try:
+    with _reading(path):
         with path.open("rb"):
             pass
         if not h5py.is_hdf5(path):
             raise FedamoleError(f"{path}: is not an HDF5 file, or only the start of one")
         # NFS and Lustre refuse locks; files are replaced, never changed, so that none is needed.
-        with h5py.File(path, "r", locking=False) as file:
+        file = _File(path, "r", locking=False)
+    with file:
+        with _reading(path):
             if "header" not in file.attrs or "facts" not in file.attrs:
                 raise FedamoleError(f"{path}: is not a file of fedamole (it has no header)")
-            header = Header.from_mapping(json.loads(file.attrs["header"]), path)
-            header.check(path, kind or header.kind, digest)
-            yield file, json.loads(file.attrs["facts"])
+            header = Header.from_mapping(_json(file.attrs["header"]), path)
+            facts = _Facts(path, _json(file.attrs["facts"]))
+        header.check(path, kind or header.kind, digest)
+        yield file, facts
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what HDF5 raises for a missing or damaged part of a file into one line."""
+    try:
+        yield
     except OSError as error:
         reason = error.strerror if error.errno else "it is truncated or damaged"
         raise FedamoleError(f"{path}: cannot be read ({reason})") from error
@@ -117,9 +151,22 @@ def opened(
         raise FedamoleError(f"{path}: is damaged ({' '.join(str(error).split())})") from error
 
 
+def _json(text: Any) -> Any:
+    """Parse the JSON of an attribute; it is written in ASCII, so that anything else is damage."""
+    if not str(text).isascii():
+        raise ValueError("its header is not ASCII text")
+    return json.loads(text)
+
+
+def _path(item: h5py.Group | h5py.Dataset) -> Path:
+    """Path of the file that something belongs to."""
+    return Path(item.file.filename)
+
+
 def datasets(file: h5py.File, folder: str) -> dict[str, h5py.Dataset]:
     """List the datasets of a folder; none if there is no such folder."""
-    return dict(file[folder]) if folder in file else {}
+    with _reading(_path(file)):
+        return dict(file[folder]) if folder in file else {}
 
 
 def read_arrays(file: h5py.File, folder: str) -> dict[str, np.ndarray]:
@@ -136,24 +183,38 @@ def _dtypes(dataset: h5py.Dataset) -> tuple[np.dtype, h5t.TypeID]:
 
 
 def read_array(dataset: h5py.Dataset) -> np.ndarray:
-    """Read a whole array."""
-    dtype, kind = _dtypes(dataset)
-    if dtype != BFLOAT16:
-        return dataset[()]
-    array = np.empty(dataset.shape, dtype)
-    dataset.id.read(h5s.ALL, h5s.ALL, array, mtype=kind)
-    return array
+    """Read a whole array.
+
+    Raises
+    ------
+    FedamoleError
+        If the file is damaged there.
+    """
+    with _reading(_path(dataset)):
+        dtype, kind = _dtypes(dataset)
+        if dtype != BFLOAT16:
+            return dataset[()]
+        array = np.empty(dataset.shape, dtype)
+        dataset.id.read(h5s.ALL, h5s.ALL, array, mtype=kind)
+        return array
 
 
 def read_rows(dataset: h5py.Dataset, module_N: np.ndarray, expert_N: np.ndarray) -> np.ndarray:
-    """Read the rows (module, expert) of an (M, E, ...) dataset into (N, ...)."""
-    dtype, kind = _dtypes(dataset)
-    row_shape = dataset.shape[2:]
-    rows = np.empty((len(module_N), *row_shape), dtype)
-    in_memory, in_file = h5s.create_simple(row_shape), dataset.id.get_space()
-    # One selection per row: 12 us each. h5py's own indexing takes ten times that.
-    for row, module, expert in zip(rows, module_N, expert_N, strict=True):
-        start = (int(module), int(expert), *(0 for _ in row_shape))
-        in_file.select_hyperslab(start, (1, 1, *row_shape))
-        dataset.id.read(in_memory, in_file, row, mtype=kind)
-    return rows
+    """Read the rows (module, expert) of an (M, E, ...) dataset into (N, ...).
+
+    Raises
+    ------
+    FedamoleError
+        If the file is damaged there.
+    """
+    rows_of_file = list(zip(module_N.tolist(), expert_N.tolist(), strict=True))
+    with _reading(_path(dataset)):
+        dtype, kind = _dtypes(dataset)
+        row_shape = dataset.shape[2:]
+        rows = np.empty((len(rows_of_file), *row_shape), dtype)
+        in_memory, in_file = h5s.create_simple(row_shape), dataset.id.get_space()
+        # One selection per row: 12 us each. h5py's own indexing takes ten times that.
+        for row, at in zip(rows, rows_of_file, strict=True):
+            in_file.select_hyperslab((*at, *(0 for _ in row_shape)), (1, 1, *row_shape))
+            dataset.id.read(in_memory, in_file, row, mtype=kind)
+        return rows

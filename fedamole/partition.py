@@ -3,6 +3,7 @@
 Axes: N examples, C classes, K clients.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,7 +98,8 @@ def partition(
         parts = np.array_split(rng.permutation(len(classes)), clients)
         return [np.sort(part) for part in parts]
     if settings.kind == "meta":
-        counts_KC = _meta(sizes_C, clients, settings.classes_per_client or 1)
+        assert settings.classes_per_client is not None  # PartitionSettings requires it.
+        counts_KC = _meta(sizes_C, clients, settings.classes_per_client)
         _require(counts_KC, settings, min_examples)
     else:
         counts_KC = _redraw(sizes_C, settings, clients, min_examples, rng)
@@ -139,9 +141,9 @@ def split_client(
         If a set would stay empty; with the client and its size.
     """
     total = len(indices)
-    num_eval, num_test = max(1, int(total * eval_fraction)), max(1, int(total * test_fraction))
+    num_eval, num_test = _share(total, eval_fraction), _share(total, test_fraction)
     rest = total - num_eval - num_test
-    num_embedding = max(1, int(rest * EMBEDDING_FRACTION))
+    num_embedding = _share(rest, EMBEDDING_FRACTION)
     if rest - num_embedding < 1:
         raise FedamoleError(
             f"client {client} has {total} examples: too few for a training, embedding, evaluation "
@@ -150,6 +152,12 @@ def split_client(
     ends = np.cumsum([num_eval, num_test, num_embedding])
     evaluation, test, embedding, train = np.split(rng.permutation(indices), ends)
     return ClientSplit(train, embedding[:max_embedding], evaluation[:max_eval], test[:max_test])
+
+
+def _share(total: int, fraction: float) -> int:
+    """Count a fraction of the examples, rounded down, but at least one."""
+    # 100 * 0.29 is 28.999999999999996: without the allowance a whole share loses an example.
+    return max(1, math.floor(total * fraction + 1e-9))
 
 
 def _redraw(
@@ -163,9 +171,11 @@ def _redraw(
     fewest = 0
     for _ in range(MAX_REDRAWS):
         if settings.kind == "dirichlet":
-            counts_KC = _dirichlet(sizes_C, clients, settings.alpha or 1.0, rng)
+            assert settings.alpha is not None  # PartitionSettings requires it.
+            counts_KC = _dirichlet(sizes_C, clients, settings.alpha, rng)
         else:
-            counts_KC = _pathological(sizes_C, clients, settings.classes_per_client or 1, rng)
+            assert settings.classes_per_client is not None  # As above.
+            counts_KC = _pathological(sizes_C, clients, settings.classes_per_client, rng)
         fewest = max(fewest, int(counts_KC.sum(axis=1).min()))
         if fewest >= min_examples:
             return counts_KC

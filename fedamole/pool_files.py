@@ -130,7 +130,7 @@ def write_upload(path: Path, header: Header, upload: Upload) -> None:
 def read_upload(path: Path, digest: str | None = None) -> Upload:
     """Read what a client sent; see :func:`read_pool` for parameters and errors."""
     with opened(path, "upload", digest) as (file, facts):
-        names = facts.pop("modules")
+        names = facts["modules"]
         groups = {
             name: ClientGroup(
                 modules=tuple(modules),
@@ -145,7 +145,7 @@ def read_upload(path: Path, digest: str | None = None) -> Upload:
             client_embeddings_MR=read_array(file["client_embeddings"]),
             expert_embeddings=_by_group(file, names, "expert_embeddings"),
             tokens=_by_group(file, names, "tokens"),
-            **facts,
+            **{key: facts[key] for key in ("client", "round", "num_examples")},
         )
 
 

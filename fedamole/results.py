@@ -131,7 +131,7 @@ def read_metrics(paths: Iterable[Path], settings: ResultsStage) -> Metrics:
         If a file is missing, broken, incomplete, foreign, given twice, or of another number of
         rounds, metric or partition than the others; the message names the file.
     """
-    known = [(path, read_run(path)) for path in paths]
+    known = [(path, read_run(path, settings.digests)) for path in paths]
     runs: dict[tuple[str, str], Run] = {}
     for path, run in known:
         _check_belongs(path, run, settings)
@@ -146,19 +146,27 @@ def read_metrics(paths: Iterable[Path], settings: ResultsStage) -> Metrics:
     return Metrics({key: runs[key] for key in _expected(settings)})
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path, digests: Mapping[str, Mapping[str, str]] | None = None) -> Run:
     """Read one metrics file.
+
+    Parameters
+    ----------
+    path
+        The file.
+    digests
+        Slug -> method -> digest of the settings it must have been made with; others are accepted.
 
     Raises
     ------
     FedamoleError
-        If it is missing, broken (with the line), incomplete, or no metrics file.
+        If it is missing, broken (with the line), incomplete, of other settings, or no metrics file.
     """
     records: dict[str, list[Any]] = {name: [] for name in RECORDS}
     for number, line in enumerate(_lines(path)):
         content = _json_line(path, number, line)
         if number == 0:
-            Header.from_mapping(content.get("header"), path).check(path, KIND, None)
+            header = Header.from_mapping(content.get("header"), path)
+            header.check(path, KIND, None)
             continue
         kind = content.get("record")
         if kind not in RECORDS:
@@ -168,6 +176,8 @@ def read_run(path: Path) -> Run:
     for kind in ("run", "partition"):
         if len(records[kind]) != 1:
             raise FedamoleError(f"{path}: has {len(records[kind])} {kind} records; needs one")
+    info: RunRecord = records["run"][0]
+    header.check(path, KIND, (digests or {}).get(info.scenario, {}).get(info.method))
     return _assemble(path, records)
 
 

@@ -10,6 +10,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+# Of DeepSpeed's keys those that make sense here; it ignores misspelt ones without a word.
+DEEPSPEED_KEYS = (
+    "activation_checkpointing",
+    "aio",
+    "communication_data_type",
+    "flops_profiler",
+    "gradient_predivide_factor",
+    "prescale_gradients",
+    "wall_clock_breakdown",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+)
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -84,7 +96,7 @@ class BackboneSource(Section):
 class BackboneLoading(Section):
     """How a job loads the prepared model."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the frozen weights. Adapters are float32 whatever this says."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
@@ -94,7 +106,7 @@ class BackboneLoading(Section):
     @model_validator(mode="after")
     def _attention_knows_the_dtype(self) -> "BackboneLoading":
         if self.attention == "flash_attention_2" and self.dtype == "float32":
-            raise ValueError("attention flash_attention_2 needs dtype bfloat16 or float16")
+            raise ValueError("attention flash_attention_2 needs dtype bfloat16")
         return self
 
 
@@ -317,7 +329,7 @@ class AdapterSettings(Section):
     """Domain experts that work on a token."""
     balance_weight: float = Field(default=0.001, ge=0)
     """Weight of the load balancing loss."""
-    target_modules: list[str] | None = None
+    target_modules: list[str] | None = Field(default=None, min_length=1)
     """Ends of the names of the linear layers to adapt; default: PEFT's for the model family."""
 
 
@@ -414,6 +426,15 @@ class TrainingSettings(Section):
         reserved |= {"gradient_accumulation_steps", "gradient_clipping", "fp16", "bf16"}
         if taken := sorted(reserved & set(self.deepspeed)):
             raise ValueError(f"deepspeed keys {taken} are set by fedamole; leave them out")
+        if unknown := sorted(set(self.deepspeed) - set(DEEPSPEED_KEYS)):
+            raise ValueError(
+                f"deepspeed key {unknown[0]!r} is not allowed; allowed: {', '.join(DEEPSPEED_KEYS)}"
+            )
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict) or zero.get("stage", 0) not in range(4):
+            raise ValueError(
+                f"deepspeed zero_optimization {zero!r} must be a mapping with a stage from 0 to 3"
+            )
         return self
 
     @property

@@ -8,7 +8,7 @@ import hashlib
 import json
 
 from fedamole.config import Config, SectionT
-from fedamole.registry import METHODS
+from fedamole.registry import METHODS, lookup
 from fedamole.settings import (
     AdapterSettings,
     AggregationSettings,
@@ -122,6 +122,8 @@ class ResultsStage(Section):
     """Columns, in order: scenario name -> slugs of its seeds."""
     metrics: dict[str, str]
     """Scenario name -> metric: accuracy or rouge_l."""
+    digests: dict[str, dict[str, str]] = {}
+    """Slug -> method -> digest of the :class:`ClientStage` that its metrics must come from."""
 
 
 def backbone_stage(config: Config) -> BackboneStage:
@@ -157,13 +159,16 @@ def run_stage(config: Config, scenario: str, run: str) -> RunStage:
     """
     rows = [row for row in METHODS.values() if row.run == run]
     trains, assigns = any(row.trains for row in rows), any(row.assigns for row in rows)
+    adapter = config.adapter
+    if not assigns:
+        adapter = AdapterSettings(**adapter.model_dump(exclude={"top_k", "balance_weight"}))
     untrained = TrainingSettings(cpu_threads=config.training.cpu_threads)
     return RunStage(
         version=VERSIONS["run"],
         run=run,
         tokens=tokens_stage(config, scenario),
         loading=_part(config.backbone, BackboneLoading),
-        adapter=config.adapter if trains else AdapterSettings(),
+        adapter=adapter if trains else AdapterSettings(),
         assignment=config.assignment if assigns else AssignmentSettings(),
         aggregation=config.aggregation if trains else AggregationSettings(),
         training=config.training if trains else untrained,
@@ -190,6 +195,13 @@ def results_stage(config: Config) -> ResultsStage:
             for scenario in config.scenarios
         },
         metrics={scenario.slug: scenario.dataset.metric for scenario in config.scenarios},
+        digests={
+            slug: {
+                method: digest(client_stage(config, slug, lookup(method).run))
+                for method in config.methods
+            }
+            for slug in config.scenario_seeds()
+        },
     )
 
 
@@ -199,13 +211,14 @@ def _part(section: Section, base: type[SectionT]) -> SectionT:
 
 
 def canonical_json(section: Section) -> str:
-    """JSON of a section with sorted keys and no spaces: equal settings, equal bytes.
+    """JSON of a section without spaces: equal settings in equal order, equal bytes.
 
-    Defaults are left out, so that a new setting does not rerun old studies. A default that changes
-    must therefore raise the version of its stage.
+    The order of columns and of answers carries meaning, so mappings keep theirs. Defaults are left
+    out, so that a new setting does not rerun old studies. A default that changes must therefore
+    raise the version of its stage.
     """
     content = section.model_dump(mode="json", exclude_defaults=True)
-    return json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return json.dumps(content, separators=(",", ":"))
 
 
 def digest(section: Section) -> str:

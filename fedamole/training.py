@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +134,8 @@ def engine_for(
 
 def train(
     engine: deepspeed.DeepSpeedEngine,
-    steps: Sequence[Sequence[Batch]],
+    steps: Iterable[Sequence[Batch]],
+    num_steps: int,
     place: LocalTraining,
     settings: TrainingSettings,
     device: torch.device,
@@ -150,6 +151,8 @@ def train(
         DeepSpeed around a :class:`ScoredModel`.
     steps
         For each step its micro-batches, over all ranks: pass p of rank r is number p * ranks + r.
+    num_steps
+        Number of steps.
     place
         Seed, round and client; dropout depends on these, the step and the micro-batch only.
     settings
@@ -163,7 +166,9 @@ def train(
     losses: list[torch.Tensor] = []
     counts: dict[str, torch.Tensor] = {}
     started = time.monotonic()
-    for step, batches in enumerate(tqdm(steps, unit="step", leave=False, disable=hidden)):
+    for step, batches in enumerate(
+        tqdm(steps, total=num_steps, unit="step", leave=False, disable=hidden)
+    ):
         num_targets = sum(batch.num_targets for batch in batches)
         loss = torch.zeros((), device=device)
         for number in range(distributed.rank(), len(batches), distributed.world_size()):
@@ -183,7 +188,7 @@ def train(
     seconds = time.monotonic() - started
     _check_finite(means, place)
     return TrainingRecord(
-        steps=len(steps),
+        steps=num_steps,
         loss_first=means[0],
         loss_last=means[-1],
         seconds=seconds,

@@ -26,6 +26,11 @@ MODULES = (
 )
 
 
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+# Commands whose output a person may cut short, for example with `| head`.
+FOR_PEOPLE = ("show", "pool", "schema")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -34,34 +39,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         0; 2 for a mistake the user can correct; 130 if interrupted.
     """
-    logging.basicConfig(
-        level=os.environ.get("FEDAMOLE_LOG", "INFO").upper(),
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    try:
+        _set_up_logging()
+        # A scheduler ends a job with SIGTERM; unwinding the stack removes scratch files.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        arguments = _parser().parse_args(argv)
+        if arguments.subcommand in FOR_PEOPLE:
+            _run_for_people(arguments)
+        else:
+            arguments.command(arguments)
+    except FedamoleError as error:
+        _complain(str(error))
+        return 2
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+    return 0
+
+
+def _set_up_logging() -> None:
+    """Say what a job does, and keep the libraries quiet.
+
+    Raises
+    ------
+    FedamoleError
+        If FEDAMOLE_LOG is no level.
+    """
+    level = os.environ.get("FEDAMOLE_LOG") or "INFO"
+    if level.upper() not in LEVELS:
+        raise FedamoleError(f"FEDAMOLE_LOG {level!r} is unknown; allowed: {', '.join(LEVELS)}")
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     # Said once per job by a library two layers down, about an attribute that nobody here reads.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed")
     # The libraries below report every file they look for.
     for name in ("httpx", "httpcore", "huggingface_hub", "filelock", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # A scheduler ends a job with SIGTERM; unwinding the stack removes scratch files.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    arguments = _parser().parse_args(argv)
+
+
+def _run_for_people(arguments: argparse.Namespace) -> None:
+    """Run a command that prints; it is done when its reader, such as `head`, has left."""
     try:
         arguments.command(arguments)
-    except FedamoleError as error:
-        for line in str(error).splitlines():
-            print(f"fedamole: {line}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("fedamole: interrupted", file=sys.stderr)
-        return 130
+        sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of our output, such as `head`, has left.
+        # Python would fail again at its end, with what is still in the buffer.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return 0
+
+
+def _complain(text: str) -> None:
+    """Print what ended a command; of several ranks of one job, the first does it for all."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for line in text.splitlines():
+        print(f"fedamole: {line}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         "The workflow calls most of these commands; `pool`, `show` and `schema` are for people.",
     )
     parser.add_argument("--version", action="version", version=f"fedamole {__version__}")
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="subcommand")
     for name in MODULES:
         import_module(f"fedamole.cli.{name}").register(subparsers)
     return parser

@@ -10,6 +10,7 @@ from fedamole.artifacts import Header, sha256, write_record
 from fedamole.cli.libraries import prepare_libraries
 from fedamole.config import parse
 from fedamole.errors import FedamoleError
+from fedamole.settings import BackboneSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +65,7 @@ def run_tokenize(args: argparse.Namespace) -> None:
     division = read_partition(args.partition, stages.digest(settings.scenario))
     corpus = load_corpus(scenario.dataset)
     check_corpus(division, corpus, scenario.dataset.name)
-    tokenizer = _load_tokenizer(args.backbone, settings.backbone.backbone.trust_remote_code)
+    tokenizer = _load_tokenizer(args.backbone, settings.backbone.backbone)
     store = tokenize_scenario(corpus, division, scenario, tokenizer)
     parents = {
         "partition": sha256(args.partition),
@@ -81,15 +82,15 @@ def run_tokenize(args: argparse.Namespace) -> None:
     )
 
 
-def _load_tokenizer(folder: Path, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a prepared backbone."""
+def _load_tokenizer(folder: Path, settings: BackboneSource) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a prepared backbone, or say clearly that there is none."""
     if not (folder / "backbone.json").is_file():
         raise FedamoleError(f"{folder}: is not a prepared backbone (it has no backbone.json)")
     prepare_libraries(offline=True)
-    from transformers import AutoTokenizer
+    from fedamole.backbone import load_tokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return load_tokenizer(folder, settings)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise FedamoleError(f"{folder}: has no usable tokenizer ({reason})") from error

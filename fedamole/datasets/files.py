@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ class Row:
 def find_files(source: SourceSettings) -> list[Path]:
     """Find the files of a source: pattern after pattern, sorted within each, none twice.
 
+    A ``~`` at the start stands for the user's home.
+
     Raises
     ------
     FedamoleError
@@ -72,7 +75,7 @@ def find_files(source: SourceSettings) -> list[Path]:
     """
     root = package_folder(source.package) if source.package else Path()
     found: dict[Path, None] = {}
-    for pattern in source.files:
+    for pattern in map(_expand_home, source.files):
         matches = _matches(root, pattern)
         if not matches:
             raise FedamoleError(f"{root / pattern}: no such data file, seen from {Path.cwd()}")
@@ -88,13 +91,28 @@ def package_folder(package: str) -> Path:
     FedamoleError
         If it is not installed; says what to type.
     """
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        # So end names that no package can have, and a.b where a is missing.
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise FedamoleError(
             f"the Python package {package!r} is not installed; "
             f"try: pip install {package.replace('_', '-')}"
         )
     return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _expand_home(pattern: str) -> str:
+    """Replace a ``~`` or ``~user`` at the start of a path by the home it stands for."""
+    if not pattern.startswith("~"):
+        return pattern
+    try:
+        return str(Path(pattern).expanduser())
+    except RuntimeError:
+        # There is no such user: a file may be called ~draft.csv.
+        return pattern
 
 
 def _matches(root: Path, pattern: str) -> list[Path]:
@@ -155,13 +173,25 @@ def _json_array(file: BinaryIO, path: Path) -> Iterator[Row]:
         yield object_row(value, f"{path}:{line}")
 
 
-def load_json(data: bytes, path: Path, line: int = 1) -> Any:
-    """Parse JSON that begins on a line of a file."""
+def decode(data: bytes, path: Path, line: int = 1) -> str:
+    """Decode UTF-8 text that begins on a line of a file; a byte order mark is left out.
+
+    Raises
+    ------
+    FedamoleError
+        If it is not UTF-8; names the line of the first wrong byte.
+    """
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
         raise FedamoleError(f"{path}:{line}: is not UTF-8 text ({error.reason})") from error
+
+
+def load_json(data: bytes, path: Path, line: int = 1) -> Any:
+    """Parse JSON that begins on a line of a file."""
+    try:
+        return json.loads(decode(data, path, line))
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         raise FedamoleError(
@@ -180,21 +210,46 @@ def object_row(value: Any, where: str) -> Row:
 
 def _csv_rows(file: BinaryIO, path: Path) -> Iterator[Row]:
     """Read comma-separated values under a header line."""
-    reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+    records = _csv_records(file, path)
+    line, header = next(records, (1, []))
+    for name in header:
+        if header.count(name) > 1:
+            raise FedamoleError(
+                f"{path}:{line}: has column {name!r} {header.count(name)} times; every column "
+                "needs a name of its own"
+            )
+    for line, values in records:
+        if len(values) != len(header):
+            raise FedamoleError(
+                f"{path}:{line}: has {len(values)} fields; the header has {len(header)}"
+            )
+        yield Row(dict(zip(header, values, strict=True)), f"{path}:{line}")
+
+
+def _csv_records(file: BinaryIO, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Read the records that are not blank, each with the line where it begins."""
+    # The module's own limit is 131,072 characters; a long document is no mistake.
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(_text_lines(file, path), strict=True)
     line = 1
     try:
-        header = next(filter(None, reader), [])
-        line = reader.line_num + 1
         for values in reader:
-            if values and len(values) != len(header):
-                raise FedamoleError(
-                    f"{path}:{line}: has {len(values)} fields; the header has {len(header)}"
-                )
             if values:
-                yield Row(dict(zip(header, values, strict=True)), f"{path}:{line}")
+                yield line, values
             line = reader.line_num + 1
-    except (csv.Error, UnicodeDecodeError) as error:
+    except csv.Error as error:
         raise FedamoleError(f"{path}:{line}: is not valid CSV ({error})") from error
+
+
+def _text_lines(file: BinaryIO, path: Path) -> Iterator[str]:
+    """Read UTF-8 lines with the line ends they have."""
+    # A strict decoder reads ahead and fails before the lines above the wrong byte are out; this one
+    # lets wrong bytes through, marked, to be refused with their line.
+    text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+    for number, line in enumerate(text, start=1):
+        if not line.isascii():
+            decode(line.encode("utf-8", "surrogateescape"), path, number)
+        yield line
 
 
 def _parquet_rows(file: BinaryIO, path: Path) -> Iterator[Row]:

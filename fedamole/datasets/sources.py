@@ -7,7 +7,15 @@ from typing import Any
 
 import yaml
 
-from fedamole.datasets.files import Row, find_files, load_json, object_row, opened, record_rows
+from fedamole.datasets.files import (
+    Row,
+    decode,
+    find_files,
+    load_json,
+    object_row,
+    opened,
+    record_rows,
+)
 from fedamole.errors import FedamoleError
 from fedamole.settings import SourceSettings
 
@@ -77,14 +85,18 @@ def _conversation_rows(path: Path) -> Iterator[Row]:
 
 def _compose(path: Path) -> yaml.Node | None:
     """Parse YAML into nodes: they know their lines, and the answer ``No`` stays a text."""
+    with opened(path) as file:
+        text = decode(file.read(), path)
     try:
-        with opened(path) as file:
-            return yaml.compose(file, Loader=_YamlLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or error
-        raise FedamoleError(f"{path}{line}: is not valid YAML ({problem})") from error
+        return yaml.compose(text, Loader=_YamlLoader)
+    except yaml.reader.ReaderError as error:
+        # A control character; it knows no line, and is allowed nowhere above.
+        line = text.count("\n", 0, text.index(chr(error.character))) + 1
+        raise FedamoleError(f"{path}:{line}: is not valid YAML ({error.reason})") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise FedamoleError(f"{where}: is not valid YAML ({error.problem})") from error
 
 
 def _conversations(root: yaml.Node | None, path: Path) -> yaml.Node:
@@ -136,7 +148,8 @@ def _task_rows(folder: Path, splits: list[str]) -> Iterator[Row]:
 def _lines(path: Path) -> list[str]:
     """Read the non-blank lines of a text file."""
     with opened(path) as file:
-        return [line.strip() for line in file.read().decode().splitlines() if line.strip()]
+        lines = decode(file.read(), path).splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _task(folder: Path, name: str) -> dict[str, Any]:

@@ -50,30 +50,11 @@ def tokenize_scenario(
         If the tokenizer has no end token, or a client is left without examples in one of its sets.
     """
     encoder = _Encoder(tokenizer, settings.max_length)
-    sequences: list[_Sequence] = []
-    clients: list[ClientSplit] = []
-    references: dict[int, str] = {}
-    for client, split in enumerate(division.clients):
-        rows = {}
-        for name, ids in split.parts().items():
-            kept = encoder.encode([corpus.examples[position] for position in ids])
-            if not kept:
-                raise FedamoleError(
-                    f"client {client} has no {name} example left: all {len(ids)} prompts have "
-                    f"max_length {settings.max_length} or more tokens"
-                )
-            rows[name] = np.arange(len(sequences), len(sequences) + len(kept))
-            sequences += kept
-        clients.append(ClientSplit(**rows))
-        for row in [*rows["eval"].tolist(), *rows["test"].tolist()]:
-            references[row] = sequences[row].example.response
+    sequences, clients = _encode_clients(corpus, division, encoder)
     return TokenStore(
-        input_ids=np.concatenate([sequence.ids for sequence in sequences]),
-        offsets=np.cumsum([0, *(len(sequence.ids) for sequence in sequences)], dtype=np.int64),
-        prompt_lengths=np.array([sequence.prompt_length for sequence in sequences], dtype=np.int32),
-        labels=np.array([sequence.example.label for sequence in sequences], dtype=np.int32),
+        **_arrays(sequences),
         clients=tuple(clients),
-        references=references,
+        references=_references(sequences, clients),
         choices=encoder.answers(list(settings.dataset.answers.values())),
         eos_id=encoder.eos_id,
         pad_id=encoder.pad_id,
@@ -96,6 +77,52 @@ class _Sequence:
     prompt_length: int
     cut: bool
     example: Example
+
+
+def _encode_clients(
+    corpus: Corpus, division: Partition, encoder: "_Encoder"
+) -> tuple[list[_Sequence], list[ClientSplit]]:
+    """Tokenise the sets of every client, one after another; the second result says whose is what.
+
+    Raises
+    ------
+    FedamoleError
+        If all prompts of a set are too long.
+    """
+    sequences: list[_Sequence] = []
+    clients: list[ClientSplit] = []
+    for client, split in enumerate(division.clients):
+        rows = {}
+        for name, ids in split.parts().items():
+            kept = encoder.encode([corpus.examples[position] for position in ids])
+            if not kept:
+                raise FedamoleError(
+                    f"client {client} has no {name} example left: all {len(ids)} prompts have "
+                    f"max_length {encoder.max_length} or more tokens"
+                )
+            rows[name] = np.arange(len(sequences), len(sequences) + len(kept))
+            sequences += kept
+        clients.append(ClientSplit(**rows))
+    return sequences, clients
+
+
+def _arrays(sequences: list[_Sequence]) -> dict[str, np.ndarray]:
+    """Lay the sequences one after another, as :class:`TokenStore` has them."""
+    return {
+        "input_ids": np.concatenate([sequence.ids for sequence in sequences]),
+        "offsets": np.cumsum([0, *(len(sequence.ids) for sequence in sequences)], dtype=np.int64),
+        "prompt_lengths": np.array([s.prompt_length for s in sequences], dtype=np.int32),
+        "labels": np.array([sequence.example.label for sequence in sequences], dtype=np.int32),
+    }
+
+
+def _references(sequences: list[_Sequence], clients: list[ClientSplit]) -> dict[int, str]:
+    """Give the answer text of every evaluation and test row."""
+    return {
+        row: sequences[row].example.response
+        for client in clients
+        for row in [*client.eval.tolist(), *client.test.tolist()]
+    }
 
 
 class _Encoder:

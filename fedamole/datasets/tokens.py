@@ -129,7 +129,7 @@ def write_store(path: Path, header: Header, store: TokenStore) -> None:
     with replacing(path) as scratch:
         scratch.mkdir()
         for name, dtype in _DTYPES.items():
-            np.save(scratch / f"{name}.npy", np.asarray(getattr(store, name), dtype=dtype))
+            _write_array(scratch / f"{name}.npy", np.asarray(getattr(store, name), dtype=dtype))
         meta = {
             "choices": store.choices,
             "eos_id": store.eos_id,
@@ -147,6 +147,17 @@ def write_store(path: Path, header: Header, store: TokenStore) -> None:
             "references": {str(row): text for row, text in store.references.items()},
         }
         write_record(scratch / "clients.json", owners, content)
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file with the bytes of ``np.save``.
+
+    On a full disk ``np.save`` only counts what it could not write; a stream says why (errno).
+    """
+    header = np.lib.format.header_data_from_array_1_0(array)
+    with path.open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, header)
+        stream.write(np.ascontiguousarray(array).data)
 
 
 def _contract_rows(client: ClientSplit) -> dict[str, list[int]]:

@@ -1,8 +1,10 @@
 """Files appear whole, know what they are, and refuse to be mistaken."""
 
+import errno
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,10 @@ def test_a_record_has_the_same_bytes_every_time(tmp_path: Path) -> None:
         ("[1, 2]", "is not a file of fedamole"),
         ('{"a": 1}', "is not a file of fedamole"),
         ('{"header": {"kind": "pool", "digest": "d"}}', "holds pool; metrics is needed"),
+        ('{"header": {"kind": "metrics", "digest": 5}}', "is not a file of fedamole"),
+        ('{"header": {"kind": "metrics", "format": 99}}', "is not a file of fedamole"),
         ('{"header": {"kind": "metrics", "digest": "d", "format": 99}}', "has format 99"),
+        ('{"header": {"kind": "metrics", "digest": "d", "format": 99, "x": 1}}', "has format 99"),
         (
             '{"header": {"kind": "metrics", "digest": "other"}}',
             "was made with other settings (digest other, the config gives d); move it away",
@@ -73,6 +78,29 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_a_folder_keeps_its_name_if_it_cannot_be_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+    # The block makes nothing, so that the old folder has moved away when the second move fails.
+    with pytest.raises(FileNotFoundError), replacing(folder):
+        pass
+    assert (folder / "old.txt").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_linked_folder_is_replaced_and_its_target_kept(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.mkdir()
+    (target / "model").write_text("far away")
+    link.symlink_to(target)
+    with replacing(link) as scratch:
+        scratch.mkdir()
+    assert link.is_dir() and not link.is_symlink()
+    assert (target / "model").read_text() == "far away"
+    assert sorted(tmp_path.iterdir()) == [link, target]
+
+
 def test_a_terminated_command_leaves_no_scratch_file(tmp_path: Path) -> None:
     code = (
         "import sys, time, signal\n"
@@ -98,3 +126,86 @@ def test_a_path_through_a_file_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FedamoleError, match="cannot be written, a part of the path is a file"):
         write_record(tmp_path / "file" / "x.json", Header("metrics", "d"), {})
+
+
+def failure(path: Path, error: Callable[[Path], Exception]) -> Exception:
+    """Give what comes out of a block that fails with an error, made from its scratch path."""
+    with pytest.raises(Exception) as raised, replacing(path) as scratch:
+        raise error(scratch)
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        lambda _: PermissionError(errno.EACCES, "Permission denied", "/data/source.json"),
+        lambda _: PermissionError(errno.EACCES, "Permission denied", b"/data/source.json"),
+        lambda _: OSError("unable to open file: name = '/data/pool.h5', errno = 13, error ..."),
+        lambda _: OSError(errno.EIO, "Input/output error"),
+        lambda _: RuntimeError("Permission denied (os error 13)"),
+        lambda _: FedamoleError("/data/cache: No space left on device"),
+    ],
+)
+def test_errors_of_reading_are_not_blamed_on_the_output(
+    tmp_path: Path, error: Callable[[Path], Exception]
+) -> None:
+    found = failure(tmp_path / "out", error)
+    expected = error(tmp_path)
+    assert (type(found), str(found)) == (type(expected), str(expected))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (lambda _: OSError(errno.ENOSPC, "No space left on device"), "no space left"),
+        (lambda to: OSError(errno.EROFS, "Read-only", str(to / "inner")), "is read-only"),
+        (lambda to: PermissionError(errno.EACCES, "denied", str(to)), "permission denied"),
+        # What shutil.copyfile raises on a full disk: it names the source first.
+        (lambda to: OSError(errno.ENOSPC, "No space", "/data/x", None, str(to)), "no space left"),
+        (
+            lambda to: OSError(f"write failed: filename = '{to}', errno = 28, error"),
+            "no space left",
+        ),
+        (lambda _: RuntimeError("I/O error: No space left on device (os error 28)"), "no space"),
+        (lambda _: Exception("No space left on device"), "no space left"),
+    ],
+)
+def test_errors_of_writing_are_one_clear_line(
+    tmp_path: Path, error: Callable[[Path], Exception], reason: str
+) -> None:
+    found = failure(tmp_path / "out", error)
+    assert isinstance(found, FedamoleError)
+    assert str(found).startswith(f"{tmp_path / 'out'}: cannot be written, ")
+    assert reason in str(found)
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        ("numpy.save(scratch / 'x.npy', array)", "no space left on the device, or a limit"),
+        ("save_file({'x': array}, scratch / 'x.safetensors')", "the file size limit is exceeded"),
+        ("(scratch / 'x').write_bytes(array.tobytes())", "the file size limit is exceeded"),
+    ],
+)
+def test_every_library_that_runs_out_of_room_ends_in_one_line(
+    tmp_path: Path, write: str, reason: str
+) -> None:
+    code = (
+        "import resource, sys, numpy\n"
+        "from pathlib import Path\n"
+        "from safetensors.numpy import save_file\n"
+        "from fedamole.artifacts import replacing\n"
+        "from fedamole.errors import FedamoleError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))\n"
+        "array = numpy.zeros(100_000)\n"
+        "try:\n"
+        "    with replacing(Path(sys.argv[1])) as scratch:\n"
+        "        scratch.mkdir()\n"
+        f"        {write}\n"
+        "except FedamoleError as error:\n"
+        "    print(error)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{tmp_path / 'out'}: cannot be written, {reason}")
+    assert list(tmp_path.iterdir()) == []

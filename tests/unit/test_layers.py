@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[2] / "fedamole"
 # Lowest first; a module may import from its own layer and those before. See ARCHITECTURE.md.
 LAYERS = [
     {"errors", "__init__"},
-    {"registry", "settings", "config", "stages", "randomness"},
+    {"registry", "settings", "mistakes", "config", "stages", "randomness"},
     {"artifacts", "pools", "hdf5", "pool_files", "records"},
     {"partition", "assignment", "aggregation", "targets", "results", "rendering", "tables"}
     | {"figure_data", "drawing", "figures", "config_reference"},

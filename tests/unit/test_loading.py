@@ -146,6 +146,8 @@ BROKEN = {
     ),
     "f.csv": ("\ntopic,question\n\nc\n", "f.csv:4: has 1 fields; the header has 2"),
     "g.csv": ('topic,question\na,"b', "g.csv:2: is not valid CSV"),
+    "n.csv": ('topic,"a b",x,"a b"\n', "n.csv:1: has column 'a b' 2 times; every column needs a"),
+    "o.csv": ("\ntopic,topic,topic\n", "o.csv:2: has column 'topic' 3 times"),
     "h.csv": ('topic,x\n"a\nb",c', "h.csv:2: has no field 'extra'; its fields are ['topic', 'x']"),
     "i.txt": ("", "i.txt: has an unknown format '.txt'; allowed: .jsonl, .json, .csv, .parquet"),
     "j.jsonl.gz": ("plain", "j.jsonl.gz: is not a whole gzip file"),
@@ -175,6 +177,43 @@ def test_truncated_gzip_and_wrong_encoding_are_refused(tmp_path: Path) -> None:
         load_corpus(generation([str(tmp_path / "latin.jsonl")]))
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_csv_names_the_line_of_a_wrong_byte(tmp_path: Path, suffix: str, end: str) -> None:
+    lines = ["\ufefftopic,question,extra,answer", *["tüchtig,q,,a"] * 299, 't,"q', 'früh",,a']
+    assert lines[301] == 'früh",,a'
+    data = end.join(lines[:301]).encode() + (end + lines[301]).encode("latin-1")
+    path = tmp_path / f"late{suffix}"
+    path.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
+    with pytest.raises(FedamoleError) as caught:
+        load_corpus(generation([str(path)]))
+    # After the header, 299 rows and the first line of a cell of two.
+    assert str(caught.value) == f"{path}:302: is not UTF-8 text (invalid start byte)"
+
+
+def test_csv_cells_may_be_long_documents(tmp_path: Path) -> None:
+    text = "long " * 40_000
+    (tmp_path / "a.csv").write_text(f"topic,question,extra,answer\nt,q,{text},a\n")
+    (example,) = load_corpus(generation([f"{tmp_path}/a.csv"])).examples
+    assert text in example.prompt
+
+
+def test_home_is_expanded_in_paths_and_patterns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "data").mkdir(parents=True)
+    write_lines(tmp_path / "home" / "data" / "a.jsonl", ROWS)
+    monkeypatch.chdir(tmp_path)
+    for pattern in ("~/data/a.jsonl", "~/d*/*.jsonl"):
+        assert len(load_corpus(generation([pattern])).examples) == 3
+    with pytest.raises(FedamoleError, match=f"{tmp_path}/home/b.jsonl: no such data file"):
+        load_corpus(generation(["~/b.jsonl"]))
+    # No user has this name, so it is the name of a file.
+    write_lines(tmp_path / "~no such user.jsonl", ROWS)
+    assert len(load_corpus(generation(["~no such user.jsonl"])).examples) == 3
+
+
 def test_label_out_of_range_names_value_line_and_what_is_allowed(tmp_path: Path) -> None:
     pair = {"premise": "p", "hypothesis": "h"}
     path = write_lines(tmp_path / "pairs.jsonl", [{**pair, "label": 1}, {**pair, "label": 3}])
@@ -191,6 +230,12 @@ def test_missing_files_and_packages_are_named(tmp_path: Path) -> None:
     source = {"files": ["x.jsonl"], "package": "no_such_corpus"}
     with pytest.raises(FedamoleError, match="not installed; try: pip install no-such-corpus"):
         load_corpus(generation([], source=source))
+
+
+@pytest.mark.parametrize("name", ["no_such.part", "", "__main__"])
+def test_odd_package_names_are_not_installed_either(name: str) -> None:
+    with pytest.raises(FedamoleError, match=f"the Python package '{name}' is not installed"):
+        package_folder(name)
 
 
 def test_package_is_found_without_being_imported() -> None:
@@ -307,16 +352,19 @@ def test_no_in_a_conversation_is_a_text(tmp_path: Path) -> None:
         ("categories: [a]", "c.yml: has no entry 'conversations'; its entries are ['categories']"),
         ("conversations:\n- - a\n  - {b: c}", "c.yml:3: is not a text; a turn is needed"),
         ("conversations:\n- - a\n  - b\n- {}", "c.yml:4: is not a list of turns"),
+        ("conversations:\n- - a\n  - früh", "c.yml:3: is not UTF-8 text (invalid start byte)"),
+        ("conversations:\n- - a\n  - \a", "c.yml:3: is not valid YAML (control characters are not"),
     ],
 )
 def test_broken_conversations_are_refused(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "c.yml").write_text(content)
+    (tmp_path / "c.yml").write_text(content, encoding="latin-1")
     source = {"files": [str(tmp_path / "c.yml")], "layout": "conversations"}
     with pytest.raises(FedamoleError) as caught:
         load_corpus(
             generation([], source=source, fields={}, response="response", category="category")
         )
     assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def write_tasks(folder: Path, sizes: dict[str, int]) -> dict[str, Any]:
@@ -351,6 +399,10 @@ def test_broken_tasks_are_refused(tmp_path: Path) -> None:
             load_corpus(generation([], **changes))
     path.unlink()
     with pytest.raises(FedamoleError, match="task1.json: cannot be read"):
+        load_corpus(generation([], **changes))
+    names = tmp_path / "ni" / "splits" / "default" / "train_tasks.txt"
+    names.write_text("task1\ntäsk2\n", encoding="latin-1")
+    with pytest.raises(FedamoleError, match="train_tasks.txt:2: is not UTF-8 text"):
         load_corpus(generation([], **changes))
 
 

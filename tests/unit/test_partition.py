@@ -130,6 +130,26 @@ def test_split_has_the_shares_of_the_paper() -> None:
     np.testing.assert_array_equal(np.sort(together), np.arange(400) * 3)
 
 
+def test_shares_are_whole_percents_of_the_size_rounded_down() -> None:
+    # In whole numbers: 100 * 0.29 is less than 29 in floating point.
+    caps = {"client": 0, "max_embedding": 999, "max_eval": 999, "max_test": 999}
+    for percent in range(1, 50):
+        for size in (37, 100, 500):
+            rng, fraction = np.random.default_rng(0), percent / 100
+            parts = split_client(
+                np.arange(size), rng, eval_fraction=fraction, test_fraction=0.5 - fraction, **caps
+            ).parts()
+            assert len(parts["eval"]) == max(1, size * percent // 100), (size, percent)
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "meta", "pathological"])
+def test_no_value_is_made_up_for_a_law_without_its_parameter(kind: str) -> None:
+    # Not by validation, which refuses it.
+    law = PartitionSettings.model_construct(kind=kind)
+    with pytest.raises(AssertionError):
+        partition(CLASSES, law, 6, 10, np.random.default_rng(0))
+
+
 def test_caps_cut_their_own_set_only() -> None:
     free, capped = split(400), split(400, max_embedding=5, max_eval=6, max_test=7)
     assert [len(part) for part in capped.parts().values()] == [304, 5, 6, 7]

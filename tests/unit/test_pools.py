@@ -19,6 +19,7 @@ import torch
 from fedamole.artifacts import Header
 from fedamole.cli.pool import run_show
 from fedamole.errors import FedamoleError
+from fedamole.hdf5 import datasets, opened, read_rows
 from fedamole.pool_files import (
     read_assignment,
     read_client_state,
@@ -356,6 +357,35 @@ def test_a_pool_that_lacks_an_array_is_refused(tmp_path):
     with h5py.File(path, "r+") as file:
         del file["provenance/tokens_MEK"]
     assert "is damaged" in refusal(path) and "tokens_MEK" in refusal(path)
+
+
+def test_a_pool_that_lacks_a_fact_is_refused(tmp_path):
+    path = tmp_path / "pool.h5"
+    write_pool(path, HEADER, make_pool())
+    with h5py.File(path, "r+") as file:
+        file.attrs["facts"] = '{"modules": {}, "round": 3}'
+    assert "is damaged (it has no 'num_experts')" in refusal(path)
+
+
+@pytest.mark.parametrize("error", [KeyError, OSError, RuntimeError, TypeError, ValueError])
+def test_our_own_defects_do_not_look_like_a_damaged_file(tmp_path, error):
+    write_pool(tmp_path / "pool.h5", HEADER, make_pool())
+    with pytest.raises(error, match="a defect"), opened(tmp_path / "pool.h5", "pool", None):
+        raise error("a defect")
+
+
+def test_arrays_that_are_read_while_a_file_is_open_are_found_damaged(tmp_path):
+    path = tmp_path / "pool.h5"
+    write_pool(path, HEADER, make_pool())
+    with h5py.File(path, "r+") as file:
+        del file["groups/q_proj/experts/lora_A"]
+        file["groups/q_proj/experts/lora_A"] = np.zeros((1, 1, 2, 8), dtype=np.float32)
+    with opened(path, "pool", None) as (file, _):
+        dataset = datasets(file, "groups/q_proj/experts")["lora_A"]
+        with pytest.raises(FedamoleError, match="pool.h5: .* damaged"):
+            read_rows(dataset, np.array([3]), np.array([5]))
+        with pytest.raises(FedamoleError, match="pool.h5: is damaged .*'scores'"):
+            file["scores"]
 
 
 FILL_AND_WRITE = """

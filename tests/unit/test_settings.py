@@ -1,15 +1,16 @@
 """Configs: names are looked up, mistakes are explained, digests follow the settings."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
+from pydantic import Field
 
 from fedamole import stages
-from fedamole.config import Config, load_config, parse, read_yaml
+from fedamole.config import Config, check_config_files, load_config, parse, read_yaml
 from fedamole.errors import FedamoleError
-from fedamole.settings import AssignmentSettings, PartitionSettings, TrainingSettings
+from fedamole.settings import AssignmentSettings, PartitionSettings, Section, TrainingSettings
 
 
 @pytest.fixture
@@ -48,6 +49,10 @@ def change(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("training.ranks", 4, "batch_size 2 must be a multiple of ranks 4"),
         ("training.deepspeed", "zero9", "deepspeed 'zero9' is unknown; allowed: zero1, zero2"),
         ("training.deepspeed", {"fp16": {}}, "deepspeed keys ['fp16'] are set by fedamole"),
+        ("training.deepspeed", {"zero": {}}, "deepspeed key 'zero' is not allowed; allowed: act"),
+        ("training.deepspeed", {"zero_optimization": {"stage": 7}}, "with a stage from 0 to 3"),
+        ("training.deepspeed", {"zero_optimization": 3}, "zero_optimization 3 must be a mapping"),
+        ("adapter.target_modules", [], "target_modules: [] is not allowed"),
         ("training.learning_rate", "fast", "learning_rate: 'fast' is not allowed"),
         ("assignment.min_experts", 1, "min_experts 1 >= top_k 2 does not hold"),
         ("assignment.choices", 4, "choices 4 <= clients 3 does not hold"),
@@ -63,11 +68,18 @@ def change(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ),
         ("backbone", "llama-3", "backbone 'llama-3' is unknown; allowed: llama-3.2-1b, smollm2"),
         ("backbone", "*", "backbone '*' is unknown"),
-        ("backbone.attention", "flash_attention_2", "flash_attention_2 needs dtype bfloat16 or"),
+        ("backbone.attention", "flash_attention_2", "flash_attention_2 needs dtype bfloat16"),
         ("results", "my{results}", "results: 'my{results}' is not allowed"),
         ("tables", {"reference": "fedmole"}, "reference 'fedmole' is not among the methods fedam"),
         ("execution", {"gpus": 1}, None),
         ("execution", {"clients_per_job": 0}, "clients_per_job 0 must be at least 1, or all"),
+        (
+            "execution.clients_per_job",
+            "ALL",
+            "my.yaml: execution: clients_per_job: 'ALL' is not allowed; "
+            "allowed: a whole number or 'all'",
+        ),
+        ("execution.clients_per_job", 1.5, "1.5 is not allowed; allowed: a whole number or 'all'"),
     ],
 )
 def test_a_mistake_is_explained_in_one_line(
@@ -168,6 +180,87 @@ def test_broken_yaml_is_named_with_its_line(tmp_path: Path) -> None:
         read_yaml(path)
 
 
+def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("training:\n  steps: 3\nseeds: [1]\ntraining:\n  ranks: 2\n")
+    with pytest.raises(FedamoleError) as raised:
+        read_yaml(path)
+    expected = f"{path}:4: is not valid YAML ('training' stands twice, first in line 1)"
+    assert str(raised.value) == expected
+    path = tmp_path / "twice.json"
+    path.write_text('{\n\t"zero": {\n\t\t"stage": 1,\n\t\t"stage": 2\n\t}\n}\n')
+    with pytest.raises(FedamoleError, match=r"twice.json:4: .*'stage' stands twice, .* line 3"):
+        check_config_files([path])
+    with pytest.raises(FedamoleError, match="absent.json: cannot be read"):
+        check_config_files([str(tmp_path / "absent.json"), path])
+
+
+def test_merged_keys_may_be_set_again(tmp_path: Path) -> None:
+    path = tmp_path / "merge.yaml"
+    path.write_text(
+        "deep:\n  inner: &inner {<<: &base {a: 1, b: 1}, a: 2}\n"
+        "other: {<<: *inner, b: 3}\nboth: {<<: *base, a: 5, <<: *inner}\n"
+    )
+    check_config_files([path])
+    assert read_yaml(path) == yaml.safe_load(path.read_text())
+    assert read_yaml(path)["other"] == {"a": 2, "b": 3}
+
+
+def test_json_is_read_as_json(tmp_path: Path) -> None:
+    path = tmp_path / "deepspeed.json"
+    path.write_text('{\n\t"zero_optimization": {"reduce_bucket_size": 5e8}\n}')
+    assert read_yaml(path) == {"zero_optimization": {"reduce_bucket_size": 500_000_000.0}}
+
+
+class Inner(Section):
+    """A section that stands in a union below."""
+
+    size: int | None = None
+
+
+class Unions(Section):
+    """Settings that may have several types."""
+
+    amount: Annotated[int, Field(ge=1)] | Literal["all", "none"] | None = None
+    items: dict[str, list[Inner | str]] = {}
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [
+        (
+            {"amount": 0},
+            ["amount: 0 is not allowed; allowed: a number greater than or equal to 1 or 'all' or"],
+        ),
+        ({"amount": []}, ["amount: [] is not allowed; allowed: a whole number or 'all' or 'none'"]),
+        (
+            {"items": {"x": ["ok", {"size": "big"}, {"sise": 1}, 7]}},
+            [
+                "items: x: item 2: size: 'big' is not allowed; input should be a valid integer",
+                "items: x: item 3: sise: is not a setting (value 1); did you mean size? allowed: s",
+                "items: x: item 4: 7 is not allowed; allowed: ",
+            ],
+        ),
+    ],
+)
+def test_a_setting_of_several_types_has_one_line_per_mistake(
+    data: dict[str, Any], lines: list[str]
+) -> None:
+    with pytest.raises(FedamoleError) as raised:
+        parse(Unions, data, "x")
+    found = str(raised.value).splitlines()
+    assert len(found) == len(lines)
+    for line, start in zip(found, lines, strict=True):
+        assert line.startswith(f"x: {start}")
+        assert "literal" not in line and "Inner:" not in line
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "7"])
+def test_settings_that_are_no_mapping_are_one_line(text: str) -> None:
+    with pytest.raises(FedamoleError, match=r"^--settings: .+ is not allowed; .+$"):
+        parse(TrainingSettings, text, "--settings")
+
+
 def test_every_config_of_the_project_is_valid(configs: Path) -> None:
     paths = sorted(configs.glob("*.yaml")) + sorted(configs.glob("paper/*.yaml"))
     assert len(paths) >= 2
@@ -245,11 +338,23 @@ def test_a_stage_only_depends_on_its_own_settings(smoke: dict[str, Any], configs
     assert changed_by("results", "elsewhere") == set()
     assert changed_by("execution", {"clients_per_job": 1, "mem_mb": 9000}) == set()
     assert changed_by("tables", {"decimals": 4}) == {"results"}
-    assert changed_by("evaluation.batch_size", 2) == {"client"}
-    assert changed_by("backbone.dtype", "bfloat16") == {"run", "client"}
-    assert changed_by("training.learning_rate", 1.0) == {"run", "client"}
-    assert changed_by("scenarios.0.max_length", 64) == {"scenario", "tokens", "run", "client"}
-    assert changed_by("backbone.generate.seed", 5) == {"backbone", "tokens", "run", "client"}
+    assert changed_by("evaluation.batch_size", 2) == {"client", "results"}
+    assert changed_by("backbone.dtype", "bfloat16") == {"run", "client", "results"}
+    assert changed_by("training.learning_rate", 1.0) == {"run", "client", "results"}
+    assert changed_by("scenarios.0.max_length", 64) == {
+        "scenario",
+        "tokens",
+        "run",
+        "client",
+        "results",
+    }
+    assert changed_by("backbone.generate.seed", 5) == {
+        "backbone",
+        "tokens",
+        "run",
+        "client",
+        "results",
+    }
 
 
 def test_a_stage_survives_its_json(smoke: dict[str, Any], configs: Path) -> None:
@@ -258,6 +363,26 @@ def test_a_stage_survives_its_json(smoke: dict[str, Any], configs: Path) -> None
     again = parse(stages.ClientStage, stages.canonical_json(stage), "--settings")
     assert again == stage
     assert stages.digest(again) == stages.digest(stage)
+
+
+def test_the_order_of_columns_and_answers_is_kept(smoke: dict[str, Any], configs: Path) -> None:
+    first = smoke["scenarios"][0]
+    smoke["scenarios"] = [{**first, "name": "zz"}, {**first, "name": "aa"}]
+    stage = stages.results_stage(load_config(smoke, configs))
+    again = parse(stages.ResultsStage, stages.canonical_json(stage), "x")
+    assert list(again.scenarios) == ["zz", "aa"]
+    dataset = read_yaml(configs / "datasets/snli.yaml")
+    answers = {"2": "No", "10": "Maybe", "1": "Yes"}
+    smoke["scenarios"] = [{**first, "dataset": {**dataset, "answers": answers}}]
+    config = load_config(smoke, configs)
+    scenario = next(iter(config.scenario_seeds()))
+    text = stages.canonical_json(stages.scenario_stage(config, scenario))
+    kept = parse(stages.ScenarioStage, text, "x").scenario.dataset.answers
+    assert list(kept.items()) == list(answers.items())
+
+
+def test_remote_code_is_never_run_by_default(smoke: dict[str, Any], configs: Path) -> None:
+    assert load_config(smoke, configs).backbone.trust_remote_code is False
 
 
 def test_batches_are_cut_over_ranks_and_passes() -> None:

@@ -2,7 +2,11 @@
 
 import argparse
 import json
+import os
 import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +193,56 @@ def test_client_without_any_short_prompt_is_an_error(
 def test_tokenizer_without_end_token_is_an_error(division: Partition) -> None:
     with pytest.raises(FedamoleError, match="has no end-of-sequence token"):
         tokenize_scenario(CORPUS, division, SCENARIO, make_tokenizer(eos_token=None))
+
+
+def test_arrays_are_the_files_of_numpy(folder: Path, tmp_path: Path) -> None:
+    for path in folder.glob("*.npy"):
+        np.save(tmp_path / "reference.npy", np.load(path))
+        assert path.read_bytes() == (tmp_path / "reference.npy").read_bytes()
+
+
+WRITE_WITH_LITTLE_ROOM = """
+    import resource, sys
+    from pathlib import Path
+    import numpy as np
+    from fedamole.artifacts import Header
+    from fedamole.datasets.tokens import TokenStore, write_store
+    from fedamole.errors import FedamoleError
+    from fedamole.partition import ClientSplit
+
+    path, lengths = Path(sys.argv[1]) / "tokens", np.full(400, 50)
+    store = TokenStore(
+        input_ids=np.arange(lengths.sum()), offsets=np.cumsum([0, *lengths]),
+        prompt_lengths=lengths, labels=lengths,
+        clients=(ClientSplit(*np.split(np.arange(400), 4)),),
+        references={row: "text" * 10 for row in range(200, 400)},
+        choices=[], eos_id=1, pad_id=1, dropped=[0], cut=[0],
+    )
+    for room in range(0, 100_000, 1021):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        try:
+            write_store(path, Header("tokens", "d"), store)
+        except FedamoleError as error:
+            assert "cannot be written, the file size limit is exceeded" in str(error), error
+            assert str(path.parent) in str(error) and "\\n" not in str(error), error
+            assert not list(path.parent.iterdir())
+        else:
+            print("needed", room)
+            break
+"""
+
+
+def test_a_file_size_limit_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(WRITE_WITH_LITTLE_ROOM), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    # The 20,000 token ids are four bytes each.
+    assert int(done.stdout.split()[1]) >= 80_000
+    assert len(TokenStore.open(tmp_path / "tokens")) == 400
 
 
 def test_store_of_other_settings_is_refused(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Local training is the same however the batch is cut into passes, ranks and ZeRO stages."""
 
+import copy
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from fedamole import stages
+from fedamole.artifacts import read_record
 from fedamole.config import load_config, read_yaml
 from fedamole.pool_files import read_assignment, read_client_state, read_upload
 from fedamole.settings import TrainingSettings
@@ -56,6 +58,8 @@ class Workshop:
             "learning_rate": 1e-3,
         }
         self.backbone, self.tokens = folder / "backbone", folder / "tokens"
+        self.extensions = folder / "torch-extensions"
+        ENVIRONMENT["TORCH_EXTENSIONS_DIR"] = str(self.extensions)
         stage = self.stage()
         tokens = stage.run.tokens
         settings = {
@@ -75,17 +79,41 @@ class Workshop:
         config = load_config(raw, CHECKOUT / "configs")
         return stages.client_stage(config, next(iter(config.scenario_seeds())), run)
 
-    def train(
-        self, name: str, clients: list[int], ranks: int = 1, run: str = "fedamole", **training: Any
-    ) -> Path:
-        """Train clients in round 1 from a fresh pool; give the folder with their uploads."""
-        stage = self.stage(run, ranks=ranks, **training)
+    def changed(self, **sections: dict[str, Any]) -> "Workshop":
+        """The same files with other settings."""
+        other = copy.copy(self)
+        other.raw = {**self.raw, **{key: self.raw[key] | sections[key] for key in sections}}
+        return other
+
+    def init(self, name: str, stage: stages.ClientStage) -> tuple[Path, Path]:
+        """Make pool and assignment before training."""
         folder = self.folder / name
         pool, assignment = folder / "pool.h5", folder / "assignment.h5"
         succeed(
             *("init-server", "--settings", stages.canonical_json(stage.run)),
             *("--backbone", self.backbone, "--out-pool", pool, "--out-assignment", assignment),
         )
+        return pool, assignment
+
+    def try_training(
+        self, stage: stages.ClientStage, pool: Path, assignment: Path
+    ) -> subprocess.CompletedProcess[str]:
+        """Train client 0 in one process, whatever comes of it."""
+        return fedamole(
+            *("train-clients", "--settings", stages.canonical_json(stage), "--round", "1"),
+            *("--clients", "0", "--backbone", self.backbone, "--tokens", self.tokens),
+            *("--pool", pool, "--assignment", assignment),
+            *("--out-uploads", pool.with_name("client_0.h5")),
+            *("--out-metrics", pool.with_name("metrics_0.json")),
+        )
+
+    def train(
+        self, name: str, clients: list[int], ranks: int = 1, run: str = "fedamole", **training: Any
+    ) -> Path:
+        """Train clients in round 1 from a fresh pool; give the folder with their uploads."""
+        stage = self.stage(run, ranks=ranks, **training)
+        folder = self.folder / name
+        pool, assignment = self.init(name, stage)
         succeed(
             *("train-clients", "--settings", stages.canonical_json(stage), "--round", "1"),
             *("--clients", *map(str, clients), "--backbone", self.backbone),
@@ -105,6 +133,10 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 @pytest.fixture(scope="module")
 def one_rank(workshop: Workshop) -> Path:
     return workshop.train("one-rank", [0, 1])
+
+
+def metrics(path: Path) -> dict[str, Any]:
+    return read_record(path, "metrics")[1]
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:
@@ -131,27 +163,68 @@ def test_ranks_and_zero_stages_give_the_same_weights(
         np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5, err_msg=name)
     routed = read_upload(one_rank / "client_0.h5").tokens
     for name, counts in read_upload(folder / "client_0.h5").tokens.items():
-        assert counts.sum() == routed[name].sum()
+        # A token on the border between two experts may cross it by the last bit.
+        assert np.abs(counts - routed[name]).sum() <= 0.02 * counts.sum()
+    # Every rank tests its share of the examples; under ZeRO-3 through the sliced model.
+    alone, shared = metrics(one_rank / "metrics_0.json"), metrics(folder / "metrics_0.json")
+    assert shared["eval_loss"] == pytest.approx(alone["eval_loss"], abs=1e-4)
+    assert shared["train_loss_last"] == pytest.approx(alone["train_loss_last"], abs=1e-4)
+    assert len(shared["answers"]) == len(alone["answers"])
+    assert sum(a == b for a, b in zip(shared["answers"], alone["answers"], strict=True)) >= 3
+
+
+def test_two_ranks_test_a_pool_like_one(workshop: Workshop) -> None:
+    found = {}
+    for ranks in (1, 2):
+        stage = workshop.stage("fedit", ranks=ranks, micro_batch_size=1)
+        # The pool is that of one rank; how it is tested is what is compared.
+        pool, _ = workshop.init(f"evaluate-{ranks}", stage)
+        out = [workshop.folder / f"evaluate-{ranks}" / f"metrics_{k}.json" for k in (0, 1)]
+        succeed(
+            *("evaluate-clients", "--settings", stages.canonical_json(stage), "--round", "0"),
+            *("--clients", "0", "1", "--backbone", workshop.backbone),
+            *("--tokens", workshop.tokens, "--pool", pool, "--out-metrics", *out),
+            ranks=ranks,
+        )
+        found[ranks] = [metrics(path) for path in out]
+    for alone, shared in zip(found[1], found[2], strict=True):
+        assert shared["eval_loss"] == pytest.approx(alone["eval_loss"], abs=1e-5)
+        assert shared["answers"] == alone["answers"]
+
+
+def test_nothing_was_compiled(workshop: Workshop, one_rank: Path) -> None:
+    """A start of DeepSpeed that runs g++ costs a minute or two on every node."""
+    assert not any(path.is_file() for path in workshop.extensions.rglob("*"))
+
+
+def test_a_wrong_number_of_ranks_is_one_clear_line(workshop: Workshop) -> None:
+    stage = workshop.stage(ranks=2)
+    pool, assignment = workshop.init("wrong-ranks", stage)
+    done = workshop.try_training(stage, pool, assignment)
+    assert done.returncode == 2
+    assert "training: ranks is 2, but 1 processes were started" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("deepspeed", ["zero1", "zero3"])
 def test_adapters_stay_float32_over_a_bfloat16_backbone(
     workshop: Workshop, one_rank: Path, deepspeed: str
 ) -> None:
-    workshop.raw["backbone"]["dtype"] = "bfloat16"
-    folder = workshop.train(f"bfloat16-{deepspeed}", [0], deepspeed=deepspeed)
-    workshop.raw["backbone"].pop("dtype")
-    expected, found = tensors(one_rank / "client_0.h5"), tensors(folder / "client_0.h5")
-    for name, array in expected.items():
-        assert found[name].dtype == np.float32, name
-        # Adam's first steps have a size of the learning rate each, whatever the gradient.
-        np.testing.assert_allclose(found[name], array, rtol=0, atol=8e-3, err_msg=name)
+    bfloat16 = workshop.changed(backbone={"dtype": "bfloat16"})
+    folder = bfloat16.train(f"bfloat16-{deepspeed}", [0], deepspeed=deepspeed)
+    for name, array in tensors(folder / "client_0.h5").items():
+        assert array.dtype == np.float32, name
+        # Of numbers rounded to bfloat16 the lower half of the bits would be zero.
+        assert (np.ascontiguousarray(array).view(np.uint32) & 0xFFFF).any(), name
+    exact, rounded = metrics(one_rank / "metrics_0.json"), metrics(folder / "metrics_0.json")
+    for key in ("train_loss_first", "train_loss_last", "eval_loss"):
+        assert rounded[key] == pytest.approx(exact[key], rel=5e-3)
+        assert rounded[key] != exact[key]
 
 
 def test_gradient_checkpointing_gives_the_same_weights(workshop: Workshop, one_rank: Path) -> None:
-    workshop.raw["backbone"]["gradient_checkpointing"] = True
-    folder = workshop.train("checkpointing", [0])
-    workshop.raw["backbone"].pop("gradient_checkpointing")
+    checkpointing = workshop.changed(backbone={"gradient_checkpointing": True})
+    folder = checkpointing.train("checkpointing", [0])
     expected, found = tensors(one_rank / "client_0.h5"), tensors(folder / "client_0.h5")
     for name, array in expected.items():
         np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-6, err_msg=name)
@@ -194,12 +267,10 @@ def test_fedit_is_plain_lora_trained_by_hand(workshop: Workshop) -> None:
     from fedamole.batches import stream_of_examples
     from fedamole.datasets.tokens import TokenStore
 
-    folder = workshop.train("fedit", [2], run="fedit", batch_size=1)
-    stage = workshop.stage("fedit", batch_size=1)
     # Dropout masks have no common order with PEFT's.
-    workshop.raw["adapter"] = {**workshop.raw["adapter"], "dropout": 0.0}
-    folder = workshop.train("fedit-without-dropout", [2], run="fedit", batch_size=1)
-    workshop.raw["adapter"].pop("dropout")
+    without_dropout = workshop.changed(adapter={"dropout": 0.0})
+    folder = without_dropout.train("fedit", [2], run="fedit", batch_size=1)
+    stage = without_dropout.stage("fedit", batch_size=1)
 
     torch.set_num_threads(1)
     model = load_backbone(workshop.backbone, stage.run.backbone)
@@ -239,21 +310,20 @@ def test_fedit_is_plain_lora_trained_by_hand(workshop: Workshop) -> None:
                 np.testing.assert_allclose(group.shared[key][index], expected, atol=2e-6)
 
 
-def test_a_loss_that_is_not_finite_is_one_clear_line(workshop: Workshop) -> None:
-    stage = workshop.stage(learning_rate=1e30)
-    folder = workshop.folder / "diverged"
-    pool, assignment = folder / "pool.h5", folder / "assignment.h5"
-    succeed(
-        *("init-server", "--settings", stages.canonical_json(stage.run)),
-        *("--backbone", workshop.backbone, "--out-pool", pool, "--out-assignment", assignment),
-    )
-    done = fedamole(
-        *("train-clients", "--settings", stages.canonical_json(stage), "--round", "1"),
-        *("--clients", "0", "--backbone", workshop.backbone, "--tokens", workshop.tokens),
-        *("--pool", pool, "--assignment", assignment),
-        *("--out-uploads", folder / "client.h5", "--out-metrics", folder / "metrics.json"),
-    )
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (4, "round 1 client 0: the loss of step 2 is nan; try a lower training: learning_rate"),
+        (1, "round 1 client 0: the trained model is not finite (eval loss nan); try a lower"),
+    ],
+)
+def test_a_training_that_diverges_is_one_clear_line(
+    workshop: Workshop, steps: int, message: str
+) -> None:
+    stage = workshop.stage(learning_rate=1e30, steps=steps)
+    pool, assignment = workshop.init(f"diverged-{steps}", stage)
+    done = workshop.try_training(stage, pool, assignment)
     assert done.returncode == 2
-    assert "round 1 client 0: the loss of step 2 is nan; try a lower training: learn" in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert not (folder / "client.h5").exists()
+    assert sorted(path.name for path in pool.parent.iterdir()) == ["assignment.h5", "pool.h5"]

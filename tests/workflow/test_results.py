@@ -1,6 +1,7 @@
 """What a study leaves behind, and that it is always the same."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -61,6 +62,64 @@ def test_one_client_per_job_killed_and_resumed_gives_the_same_bytes(
     assert [name for name in expected if expected[name] != found[name]] == []
 
 
+def test_two_clients_per_job_give_the_same_bytes(finished: Study, tmp_path: Path) -> None:
+    study = finished.copy(tmp_path / "study", execution={"clients_per_job": 2})
+    folders = [*study.results.glob("runs/*/fedamole/round_002"), study.results / "metrics"]
+    for folder in [*folders, study.results / "tables", study.results / "figures"]:
+        shutil.rmtree(folder)
+    study.run()
+    # Clients 0 and 1 in one job, client 2 in another.
+    assert len([*study.results.glob("logs/*/fedamole/round_002/train_clients_*.log")]) == 3
+    assert study.contents(*NUMBERS) == finished.contents(*NUMBERS)
+
+
+def test_a_training_job_logs_one_tidy_line_per_client(finished: Study) -> None:
+    log = next(finished.results.glob("logs/*/fedamole/round_001/train_clients_*.log")).read_text()
+    lines = [line for line in log.splitlines() if line.strip()]
+    pattern = (
+        r"\d\d:\d\d:\d\d fedamole round 1 client (\d): 3 steps, [\d.]+ steps/s, "
+        r"loss [\d.]+ -> [\d.]+; eval loss [\d.]+, rouge_l [\d.]+"
+    )
+    matches = [re.fullmatch(pattern, line) for line in lines]
+    assert all(matches), log
+    assert [match[1] for match in matches if match] == ["0", "1", "2"]
+
+
+def test_the_report_holds_tables_and_figures_with_captions(finished: Study, tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    done = finished.snakemake("--report", str(report))
+    assert done.returncode == 0, done.stderr
+    text = report.read_text()
+    for name in ("main.md", "clients.md", "rounds.svg", "classes.svg", "assignment.svg"):
+        assert name in text
+    for path in REPOSITORY.glob("workflow/report/*.rst"):
+        # Captions are rendered; their first words stand in the page as they are.
+        words = re.split(r"[`*:.{]", path.read_text().strip())[0].split()[:4]
+        assert " ".join(words) in text, path
+
+
+def test_stale_metrics_alone_give_no_tables(finished: Study, tmp_path: Path) -> None:
+    training = {**finished.config["training"], "learning_rate": 0.002}
+    study = new_study(tmp_path / "study", training=training)
+    shutil.copytree(finished.results / "metrics", study.results / "metrics")
+    done = study.snakemake("tables", "--quiet", "rules")
+    assert done.returncode == 1
+    assert "was made with other settings" in study.logs()
+    assert not (study.results / "tables/main.md").exists()
+
+
+def test_fresh_metrics_alone_give_the_same_tables_without_training(
+    finished: Study, tmp_path: Path
+) -> None:
+    study = new_study(tmp_path / "study")
+    shutil.copytree(finished.results / "metrics", study.results / "metrics")
+    done = study.snakemake("tables", "figures", "--quiet", "rules")
+    assert done.returncode == 0, done.stderr
+    shown = ("tables/*", "figures/*")
+    assert study.contents(*shown) == finished.contents(*shown)
+    assert not (study.results / "runs").exists()
+
+
 def test_a_failing_client_is_named_with_its_log(tmp_path: Path) -> None:
     study = new_study(tmp_path / "study", methods=["zero-shot"])
     study.config["backbone"] = {"name": "missing", "folder": "no/such/folder"}
@@ -106,6 +165,8 @@ def test_no_rule_names_a_method() -> None:
 
     rules = REPOSITORY.glob("workflow/rules/*.smk")
     text = "\n".join(path.read_text() for path in [REPOSITORY / "Snakefile", *rules])
-    text = text.replace('return "fedamole"', "")  # the program
-    words = {method for method in METHODS if f'"{method}"' in text or f"'{method}'" in text}
+    # The program has the name of its first method.
+    others = set(METHODS) - {"fedamole"}
+    words = {method for method in others if re.search(rf"(?<![\w-]){method}(?![\w-])", text)}
+    words |= set(re.findall(r"[=!]= *[\"']fedamole[\"']", text))
     assert not words, words

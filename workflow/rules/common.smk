@@ -3,7 +3,7 @@ import functools
 import re
 
 from fedamole import stages
-from fedamole.config import load_config
+from fedamole.config import check_config_files, load_config
 from fedamole.errors import FedamoleError
 from fedamole.registry import METHODS
 from fedamole.results import figure_names, table_names
@@ -15,6 +15,7 @@ LIBRARY = Path(workflow.basedir) / "configs"
 def load():
     """Validate the config; a mistake ends the parse with its own line."""
     try:
+        check_config_files(workflow.configfiles)
         return load_config(
             config, LIBRARY, " ".join(map(str, workflow.configfiles)) or "config"
         )
@@ -179,12 +180,18 @@ def assignments_of_row(wildcards):
     )
 
 
+@functools.cache
+def ranks_of(scenario, run):
+    """Processes that train one client of a run together."""
+    return stages.run_stage(CONFIG, scenario, run).training.ranks
+
+
 def launcher(wildcards, output):
     """Params function: how to start what trains; torchrun for several ranks of one node.
 
     It takes the outputs for the same reason as client_numbers: the settings already tell the ranks.
     """
-    ranks = stages.run_stage(CONFIG, wildcards.scenario, wildcards.run).training.ranks
+    ranks = ranks_of(wildcards.scenario, wildcards.run)
     if ranks == 1:
         return "fedamole"
     return f"torchrun --standalone --nproc-per-node {ranks} --module fedamole"
