@@ -190,7 +190,7 @@ def evaluate_client(
 
 def _name(session: ClientSession, round_: int, client: int) -> str:
     """What a log line is about."""
-    return f"{session.settings.run.run} round {round_} client {client}"
+    return f"{session.settings.run.label} round {round_} client {client}"
 
 
 def _tested(session: ClientSession, report: ClientReport) -> str:

@@ -49,6 +49,11 @@ class ScenarioStage(Section):
     seed: int
     """Root seed."""
 
+    @property
+    def label(self) -> str:
+        """Slug of the scenario with its seed."""
+        return f"{self.scenario.slug}-s{self.seed}"
+
 
 class TokensStage(Section):
     """Settings of ``tokenize``."""
@@ -70,7 +75,7 @@ class RunStage(Section):
     """Name of the run; see :mod:`fedamole.registry`."""
     tokens: TokensStage
     """The data and the backbone."""
-    loading: BackboneLoading
+    loading: BackboneLoading = BackboneLoading()
     """How the backbone is loaded."""
     adapter: AdapterSettings
     """The trainable part."""
@@ -80,6 +85,11 @@ class RunStage(Section):
     """How the server averages."""
     training: TrainingSettings
     """Local training."""
+
+    @property
+    def label(self) -> str:
+        """What log lines are about: scenario, seed and run."""
+        return f"{self.tokens.scenario.label} {self.run}"
 
     @property
     def seed(self) -> int:

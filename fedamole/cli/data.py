@@ -44,8 +44,8 @@ def run_partition(args: argparse.Namespace) -> None:
     header = Header("partition", stages.digest(settings))
     write_record(args.out, header, partition_record(division))
     logger.info(
-        "partition %s: %d examples of %d classes to clients of %s; dropped rows %s",
-        settings.scenario.slug,
+        "%s: %d examples of %d classes to clients of %s; dropped rows %s",
+        settings.label,
         len(corpus.examples),
         len(corpus.classes),
         division.counts.sum(axis=1).tolist(),
@@ -73,8 +73,8 @@ def run_tokenize(args: argparse.Namespace) -> None:
     }
     write_store(args.out, Header("tokens", stages.digest(settings), parents), store)
     logger.info(
-        "tokenize %s: %d sequences, %d tokens; per client dropped %s, cut %s",
-        scenario.slug,
+        "%s: %d sequences, %d tokens; per client dropped %s, cut %s",
+        settings.scenario.label,
         len(store),
         len(store.input_ids),
         store.dropped,

@@ -1,6 +1,7 @@
 """Settings of the libraries below, made before they are imported."""
 
 import os
+import sys
 
 
 def prepare_libraries(offline: bool) -> None:
@@ -13,6 +14,8 @@ def prepare_libraries(offline: bool) -> None:
         or fail on a compute node.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     if offline:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch

@@ -46,7 +46,7 @@ def run_aggregate(args: argparse.Namespace) -> None:
     parents = {"pool": sha256(args.pool), "assignment": sha256(args.assignment)}
     parents |= {f"upload_{i:04}": sha256(path) for i, path in enumerate(args.uploads)}
     write_pool(args.out_pool, Header("pool", run_digest, parents), pool)
-    logger.info("round %d: %d uploads averaged", pool.round, len(args.uploads))
+    logger.info("%s round %d: %d uploads averaged", settings.label, pool.round, len(args.uploads))
 
 
 def _uploads(paths: list[Path], run_digest: str) -> "Iterator[Upload]":
@@ -69,4 +69,6 @@ def run_assign(args: argparse.Namespace) -> None:
     header = Header("assignment", run_digest, {"pool": sha256(args.pool)})
     write_assignment(args.out_assignment, header, assignment)
     objective = assignment.objective_M.sum()
-    logger.info("round %d: assigned, objective %.6f", assignment.round, objective)
+    logger.info(
+        "%s round %d: assigned, objective %.6f", settings.label, assignment.round, objective
+    )

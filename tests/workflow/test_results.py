@@ -77,8 +77,8 @@ def test_a_training_job_logs_one_tidy_line_per_client(finished: Study) -> None:
     log = next(finished.results.glob("logs/*/fedamole/round_001/train_clients_*.log")).read_text()
     lines = [line for line in log.splitlines() if line.strip()]
     pattern = (
-        r"\d\d:\d\d:\d\d fedamole round 1 client (\d): 3 steps, [\d.]+ steps/s, "
-        r"loss [\d.]+ -> [\d.]+; eval loss [\d.]+, rouge_l [\d.]+"
+        r"\d\d:\d\d:\d\d chatterbot-dir0.5-s42 fedamole round 1 client (\d): 3 steps, "
+        r"[\d.]+ steps/s, loss [\d.]+ -> [\d.]+; eval loss [\d.]+, rouge_l [\d.]+"
     )
     matches = [re.fullmatch(pattern, line) for line in lines]
     assert all(matches), log

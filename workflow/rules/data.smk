@@ -18,7 +18,7 @@ rule prepare_backbone:
         fedamole prepare-backbone \
             --settings {params.settings:q} \
             --out {output:q} \
-            &>{log:q}
+            2>&1 | tee {log:q}
         """
 
 
@@ -40,7 +40,7 @@ rule partition:
         fedamole partition \
             --settings {params.settings:q} \
             --out {output:q} \
-            &>{log:q}
+            2>&1 | tee {log:q}
         """
 
 
@@ -67,5 +67,5 @@ rule tokenize:
             --partition {input.partition:q} \
             --backbone {input.backbone:q} \
             --out {output:q} \
-            &>{log:q}
+            2>&1 | tee {log:q}
         """

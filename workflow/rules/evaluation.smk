@@ -68,5 +68,5 @@ rule gather:
             --metrics {input.metrics:q} \
             --assignments {input.assignments:q} \
             --out {output:q} \
-            &>{log:q}
+            2>&1 | tee {log:q}
         """

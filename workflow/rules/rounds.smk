@@ -26,7 +26,7 @@ rule init_server:
             --backbone {input.backbone:q} \
             --out-pool {output.pool:q} \
             --out-assignment {output.assignment:q} \
-            &>{log:q}
+            2>&1 | tee {log:q}
         """
 
 
@@ -102,7 +102,7 @@ rule aggregate:
             --assignment {input.assignment:q} \
             --uploads {input.uploads:q} \
             --out-pool {output:q} \
-            &>{log:q}
+            2>&1 | tee {log:q}
         """
 
 
@@ -129,5 +129,5 @@ rule assign:
             --settings {params.settings:q} \
             --pool {input.pool:q} \
             --out-assignment {output:q} \
-            &>{log:q}
+            2>&1 | tee {log:q}
         """

@@ -23,7 +23,7 @@ rule tables:
             --settings {params.settings:q} \
             --metrics {input:q} \
             --out-dir {params.folder:q} \
-            &>{log:q}
+            2>&1 | tee {log:q}
         """
 
 
@@ -49,5 +49,5 @@ rule figures:
             --settings {params.settings:q} \
             --metrics {input:q} \
             --out-dir {params.folder:q} \
-            &>{log:q}
+            2>&1 | tee {log:q}
         """
