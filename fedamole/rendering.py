@@ -1,11 +1,19 @@
-"""Text of a table: the same numbers as Markdown and as LaTeX, byte for byte the same every time."""
+"""Text of a table: the same numbers as Markdown, LaTeX and HTML, the same bytes every time."""
 
+import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 PERCENT = 100
+STYLE = (
+    "body{font-family:sans-serif;margin:2em}"
+    "table{border-collapse:collapse;border-top:2px solid;border-bottom:2px solid}"
+    "th{border-bottom:1px solid}"
+    "th,td{padding:.3em .8em;text-align:right}"
+    "th:first-child,td:first-child{text-align:left}"
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,7 @@ class Markup:
 
 
 MARKDOWN = Markup("**{}**", "{}", " ± ", "{} %")
+HTML = Markup("<b>{}</b>", "<u>{}</u>", " &plusmn; ", "{} %")
 LATEX = Markup(r"\textbf{{{}}}", r"\underline{{{}}}", r" $\pm$ ", r"${}$\,\%")
 
 
@@ -95,6 +104,25 @@ def latex(columns: Sequence[Column], reference: str, decimals: int) -> str:
     )
     layout = "l" + "r" * len(columns)
     return f"\\begin{{tabular}}{{{layout}}}\n\\toprule\n{rows}\\bottomrule\n\\end{{tabular}}\n"
+
+
+def html_table(columns: Sequence[Column], reference: str, decimals: int) -> str:
+    """HTML ``table``: best numbers bold, second best underlined, the gain in the last line."""
+    head = [html.escape(text) for text in ["method", *(column.title for column in columns)]]
+    lines = _body(columns, decimals, HTML) + _gain(columns, reference, decimals, HTML)
+    rows = [f"<tr><th>{'</th><th>'.join(head)}</th></tr>"]
+    for name, *texts in lines:
+        rows.append(f"<tr><td>{html.escape(name)}</td><td>{'</td><td>'.join(texts)}</td></tr>")
+    return "<table>\n" + "\n".join(rows) + "\n</table>\n"
+
+
+def html_page(title: str, tables: Mapping[str, str]) -> str:
+    """Page that holds tables under their titles; it needs no other file."""
+    parts = [f"<h2>{html.escape(name)}</h2>\n{table}" for name, table in tables.items()]
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>\n'
+        f"<style>{STYLE}</style></head>\n<body>\n{''.join(parts)}</body>\n</html>\n"
+    )
 
 
 def _body(columns: Sequence[Column], decimals: int, markup: Markup) -> list[list[str]]:

@@ -26,10 +26,12 @@ from fedamole.records import (
 from fedamole.registry import lookup
 from fedamole.stages import ResultsStage
 
+TABLE_FORMATS = ("csv", "md", "tex", "html")
+
 
 def table_names() -> list[str]:
     """Names of the files that ``fedamole tables`` writes."""
-    return [f"{table}.{suffix}" for table in ("main", "clients") for suffix in ("csv", "md", "tex")]
+    return [f"{table}.{suffix}" for table in ("main", "clients") for suffix in TABLE_FORMATS]
 
 
 def figure_names(settings: ResultsStage) -> list[str]:

@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from fedamole.records import METRIC_LABELS, ClientRecord
-from fedamole.rendering import PERCENT, Cell, Column, latex, markdown
+from fedamole.rendering import PERCENT, Cell, Column, html_page, html_table, latex, markdown
 from fedamole.results import Metrics, Run, csv_text
 from fedamole.stages import ResultsStage
 
@@ -30,9 +30,17 @@ def table_files(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
     reference, decimals = settings.tables.reference, settings.tables.decimals
     clients = clients_columns(metrics, settings)
     return {
+        "main.html": html_page(
+            "Methods and scenarios",
+            {"Methods and scenarios": html_table([*scores, *losses], reference, decimals)},
+        ),
         "main.csv": csv_text(main_rows(metrics, settings)),
         "main.md": markdown([*scores, *losses], reference, decimals),
         "main.tex": latex(scores, reference, decimals) + "\n" + latex(losses, reference, decimals),
+        "clients.html": html_page(
+            "Client by client",
+            {title: html_table(c, reference, decimals) for title, c in clients.items()},
+        ),
         "clients.csv": csv_text(clients_rows(metrics, settings)),
         "clients.md": "\n".join(
             f"**{title}**\n\n{markdown(columns, reference, decimals)}"

@@ -11,7 +11,7 @@ from fedamole.stages import ResultsStage
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add both commands to the command line."""
-    tables = subparsers.add_parser("tables", help="draw up the result tables (csv, md, tex)")
+    tables = subparsers.add_parser("tables", help="draw up the result tables (csv, md, tex, html)")
     _add_options(tables)
     tables.set_defaults(command=run_tables)
     figures = subparsers.add_parser("figures", help="draw the figures (svg, png, csv)")

@@ -27,7 +27,9 @@ def run_show(args: argparse.Namespace) -> None:
             f"run: snakemake --configfile {args.configfile} --cores all"
         )
     print(f"\n{table.read_text(encoding='utf-8').strip()}\n")
-    print(f"tables   {results / 'tables'} (csv, md, tex; clients.md has the clients one by one)")
+    print(
+        f"tables   {results / 'tables'} (csv, md, tex, html; clients.md has the clients one by one)"
+    )
     print(f"figures  {results / 'figures'} (svg, png, csv)")
     report = results / "report.html"
     if report.is_file():

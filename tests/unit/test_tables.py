@@ -12,7 +12,7 @@ from study import Study, write_lines
 
 from fedamole.cli import main
 from fedamole.errors import FedamoleError
-from fedamole.rendering import Cell, Column, latex, markdown, number
+from fedamole.rendering import Cell, Column, html_page, html_table, latex, markdown, number
 from fedamole.results import Metrics, Run, read_metrics, read_run, table_names
 from fedamole.settings import TablesSettings
 from fedamole.stages import canonical_json
@@ -256,3 +256,15 @@ def test_earliest_of_equally_good_rounds_counts(tmp_path: Path) -> None:
     run: Run = read(flat, tmp_path).run("a-s1", "fedit")
     assert run.counted_round("best") == 1
     assert run.counted_round("last") == 2
+
+
+def test_html_has_the_numbers_of_the_markdown() -> None:
+    columns = [
+        Column("a <b>", {"fedamole": Cell(31.0, 1.5), "fedit": Cell(29.5)}, "highest", gain=0.05),
+        Column("loss", {"fedamole": Cell(2.0), "fedit": Cell(1.0)}, "lowest"),
+    ]
+    text = html_table(columns, "fedamole", 1)
+    assert "<th>a &lt;b&gt;</th>" in text
+    assert "<td>fedamole</td><td><b>31.0</b> &plusmn; 1.5</td><td><u>2.0</u></td>" in text
+    assert "<td>+5.0 %</td><td></td>" in text
+    assert html_page("t", {"x": text}).count("<table>") == 1

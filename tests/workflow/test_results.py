@@ -90,7 +90,7 @@ def test_the_report_holds_tables_and_figures_with_captions(finished: Study, tmp_
     done = finished.snakemake("--report", str(report))
     assert done.returncode == 0, done.stderr
     text = report.read_text()
-    for name in ("main.md", "clients.md", "rounds.svg", "classes.svg", "assignment.svg"):
+    for name in ("main.html", "clients.html", "rounds.svg", "classes.svg", "assignment.svg"):
         assert name in text
     for path in REPOSITORY.glob("workflow/report/*.rst"):
         # Captions are rendered; their first words stand in the page as they are.

@@ -200,7 +200,7 @@ def launcher(wildcards, output):
 def report_table(path):
     """Put the tables for people into the report of `snakemake --report`."""
     name = Path(path)
-    if name.suffix != ".md":
+    if name.suffix != ".html":
         return path
     caption = f"../report/{name.stem}_table.rst"
     return report(path, caption=caption, category="Tables", labels={"table": name.stem})

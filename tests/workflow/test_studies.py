@@ -1,0 +1,72 @@
+"""Studies beyond the smoke config: own data, classification, several scenarios, several ranks."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from workflow_study import new_study
+
+pytestmark = pytest.mark.xdist_group("workflow")
+
+DATASET = {
+    "name": "fruit",
+    "task": "classification",
+    "source": {"files": ["fruit.jsonl"]},
+    "template": "Is the fruit sweet? {text}\nAnswer:",
+    "label": "sweet",
+    "answers": {"0": "No", "1": "Yes"},
+}
+
+
+def write_fruit(path: Path) -> None:
+    """A hundred and twenty rows whose label stands in the text."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"text": f"It tastes {'sweet' if sweet else 'sour'}, {number} of them.", "sweet": sweet}
+        for number, sweet in enumerate(rng.integers(0, 2, size=120).tolist())
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_own_data_in_scenarios_of_different_size_on_two_ranks(tmp_path: Path) -> None:
+    limits = {"max_embedding": 4, "max_eval": 4, "max_test": 6, "max_length": 64}
+    study = new_study(
+        tmp_path / "study",
+        methods=["fedit-ft", "zero-shot"],
+        tables={"reference": "fedit-ft"},
+        rounds=1,
+        execution={"clients_per_job": 2},
+        scenarios=[
+            {"dataset": DATASET, "partition": "iid", "clients": 3, **limits},
+            {"dataset": DATASET, "partition": "meta1", "clients": 2, **limits},
+        ],
+    )
+    study.config["training"] = {**study.config["training"], "ranks": 2, "micro_batch_size": 1}
+    write_fruit(study.folder / "fruit.jsonl")
+    study.run()
+    table = (study.results / "tables/main.md").read_text()
+    assert "fruit-iid accuracy (%)" in table
+    assert "fruit-meta1 accuracy (%)" in table
+    for scenario, clients in (("fruit-iid-s42", 3), ("fruit-meta1-s42", 2)):
+        run = study.results / f"runs/{scenario}/fedit/round_001"
+        records = [json.loads(path.read_text()) for path in sorted(run.glob("metrics_*.json"))]
+        assert [record["client"] for record in records] == list(range(clients))
+        assert all(set(record["answers"]) <= {0, 1} for record in records)
+        assert all(len(record["answers"]) == record["num_test"] >= 4 for record in records)
+    # meta1: one class per client.
+    counts = (study.results / "figures/fruit-meta1-s42-classes.csv").read_text().splitlines()
+    assert sum(line.endswith(",0") for line in counts) == 2
+
+
+def test_a_broken_row_ends_the_study_with_file_and_line(tmp_path: Path) -> None:
+    study = new_study(tmp_path / "study", methods=["zero-shot"], tables={"reference": "zero-shot"})
+    study.config["scenarios"] = [{"dataset": DATASET, "partition": "iid", "clients": 2}]
+    write_fruit(study.folder / "fruit.jsonl")
+    with (study.folder / "fruit.jsonl").open("a") as stream:
+        stream.write('{"text": "It tastes odd.", "sweet": 2}\n')
+    done = study.snakemake("--quiet", "rules")
+    assert done.returncode == 1
+    # Also on the console: nobody has to look for the log.
+    assert "fruit.jsonl:121" in done.stdout + done.stderr
+    assert "Traceback" not in study.logs()
