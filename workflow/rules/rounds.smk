@@ -50,6 +50,8 @@ for clients, scenarios in shards():
         wildcard_constraints:
             scenario=one_of(scenarios),
             round=TRAINED,
+        # The rounds are the longest chain; tests of averaged models fill the gaps.
+        priority: 10
         threads: CONFIG.training.ranks * CONFIG.training.cpu_threads
         resources:
             mem_mb=CONFIG.execution.mem_mb,
