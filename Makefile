@@ -3,6 +3,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 # nproc believes OMP_NUM_THREADS, which says nothing about the machine.
 CORES ?= $(shell env -u OMP_NUM_THREADS nproc)
+# Every worker imports torch; the longest tests stay in two of them.
+TEST_WORKERS ?= $(shell echo $$(( $(CORES) < 6 ? $(CORES) : 6 )))
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -23,7 +25,7 @@ install: $(STAMP) ## make .venv with everything (idempotent)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "fedamole needs Python >= 3.11; $(PYTHON) is $$($(PYTHON) --version)" >&2; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing into $(VENV) (about two minutes) ..."
 	@$(BIN)/pip install -q -c constraints.txt torch==2.13.0
 	@$(BIN)/pip install -q -c constraints.txt -e '.[demo,dev]'
@@ -39,7 +41,7 @@ demo: install ## fine-tune SmolLM2-135M on four clients and print the table
 	@fedamole show --configfile configs/demo.yaml
 
 test: install ## run the tests
-	@pytest -n $(CORES) --dist loadgroup $(PYTEST_ARGS)
+	@pytest -n $(TEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 check: install ## lint, types, formats, and a dry run of every config
 	@ruff check .

@@ -56,7 +56,10 @@ def insert_adapters(
 def remove_adapters(model: torch.nn.Module) -> None:
     """Give the backbone its own layers back."""
     if isinstance(model, PeftModel):
-        model.unload()
+        backbone = model.unload()
+        if getattr(backbone, "_require_grads_hook", None) is not None:
+            # PEFT adds one at every start under gradient checkpointing.
+            backbone.disable_input_require_grads()
 
 
 def extract_state(tensors: dict[str, torch.Tensor], state: ClientState) -> ClientState:

@@ -148,7 +148,9 @@ def _config(folder: Path, settings: BackboneSource) -> Any:
 def _no_model(settings: BackboneSource, error: Exception) -> FedamoleError:
     """What to say of a source that transformers cannot read."""
     reason = str(error).strip().splitlines()[0][:200]
-    return FedamoleError(f"backbone {settings.name}: is no causal language model ({reason})")
+    return FedamoleError(
+        f"backbone {settings.name}: cannot be loaded as a causal language model ({reason})"
+    )
 
 
 def _checked_folder(folder: Path) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedamole.errors import FedamoleError
 from fedamole.mistakes import explain
@@ -56,6 +56,13 @@ class Config(Section):
     """Tables and figures."""
     execution: ExecutionSettings = ExecutionSettings()
     """Jobs."""
+
+    @field_validator("results")
+    @classmethod
+    def _results_is_a_plain_folder(cls, results: str) -> str:
+        if results.startswith("~"):
+            raise ValueError(f"results {results!r} must not start with ~; write the whole path")
+        return results.rstrip("/") or "/"
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "Config":
@@ -143,7 +150,8 @@ def load_config(raw: Mapping[str, Any], library: Path, origin: str = "config") -
     data = _plain(raw)
     if "backbone" in data:
         data["backbone"] = _named(data["backbone"], library / "models", "backbone", origin)
-    for scenario in data.get("scenarios") or []:
+    scenarios = data.get("scenarios")
+    for scenario in scenarios if isinstance(scenarios, list) else []:
         if isinstance(scenario, dict) and "dataset" in scenario:
             where = f"scenarios: dataset of {scenario.get('name') or scenario.get('partition')}"
             scenario["dataset"] = _named(
@@ -247,6 +255,15 @@ def _named(value: Any, folder: Path, what: str, origin: str) -> Any:
     return _plain(read_yaml(path))
 
 
+def _key(key: Any) -> str:
+    """A key as text, as JSON would write it."""
+    return str(key).lower() if isinstance(key, bool) else str(key)
+
+
 def _plain(data: Any) -> Any:
     """Keep what JSON can say: dates and keys that are numbers become text."""
-    return json.loads(json.dumps(data, default=str))
+    if isinstance(data, dict):
+        return {_key(key): _plain(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_plain(value) for value in data]
+    return data if data is None or isinstance(data, str | int | float) else str(data)

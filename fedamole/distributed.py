@@ -46,9 +46,11 @@ def process_group(ranks: int, cpu_threads: int) -> Iterator[torch.device]:
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
-    if on_gpu and local_rank >= torch.cuda.device_count():
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if on_gpu and here > torch.cuda.device_count():
+        # Every rank of the node sees this, so rank 0 says it.
         raise FedamoleError(
-            f"training: ranks is {ranks}, but this node shows {torch.cuda.device_count()} GPUs"
+            f"training: {here} ranks are on this node, which shows {torch.cuda.device_count()} GPUs"
         )
     if on_gpu:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -22,6 +22,28 @@ DEEPSPEED_KEYS = (
     "zero_force_ds_cpu_optimizer",
     "zero_optimization",
 )
+ZERO_KEYS = (
+    "allgather_bucket_size",
+    "allgather_partitions",
+    "contiguous_gradients",
+    "offload_optimizer",
+    "offload_param",
+    "overlap_comm",
+    "reduce_bucket_size",
+    "reduce_scatter",
+    "round_robin_gradients",
+    "stage",
+    "stage3_gather_16bit_weights_on_model_save",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_module_granularity_threshold",
+    "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size",
+    "sub_group_size",
+    "zero_hpz_partition_size",
+    "zero_quantized_gradients",
+    "zero_quantized_weights",
+)
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -431,9 +453,15 @@ class TrainingSettings(Section):
                 f"deepspeed key {unknown[0]!r} is not allowed; allowed: {', '.join(DEEPSPEED_KEYS)}"
             )
         zero = self.deepspeed.get("zero_optimization", {})
-        if not isinstance(zero, dict) or zero.get("stage", 0) not in range(4):
+        stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+        if type(stage) is not int or stage not in range(4):
             raise ValueError(
                 f"deepspeed zero_optimization {zero!r} must be a mapping with a stage from 0 to 3"
+            )
+        if unknown := sorted(set(zero) - set(ZERO_KEYS)):
+            raise ValueError(
+                f"deepspeed zero_optimization: key {unknown[0]!r} is not allowed; "
+                f"allowed: {', '.join(ZERO_KEYS)}"
             )
         return self
 

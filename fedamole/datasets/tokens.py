@@ -130,6 +130,12 @@ def write_store(path: Path, header: Header, store: TokenStore) -> None:
         scratch.mkdir()
         for name, dtype in _DTYPES.items():
             _write_array(scratch / f"{name}.npy", np.asarray(getattr(store, name), dtype=dtype))
+        owners = Header("token-clients", header.digest, header.parents)
+        content = {
+            "clients": [_contract_rows(client) for client in store.clients],
+            "references": {str(row): text for row, text in store.references.items()},
+        }
+        write_record(scratch / "clients.json", owners, content)
         meta = {
             "choices": store.choices,
             "eos_id": store.eos_id,
@@ -138,15 +144,9 @@ def write_store(path: Path, header: Header, store: TokenStore) -> None:
             "cut": store.cut,
             "sequences": len(store),
             "tokens": len(store.input_ids),
-            "files": {f"{name}.npy": sha256(scratch / f"{name}.npy") for name in _DTYPES},
+            "files": {path.name: sha256(path) for path in sorted(scratch.iterdir())},
         }
         write_record(scratch / "meta.json", header, meta)
-        owners = Header("token-clients", header.digest, header.parents)
-        content = {
-            "clients": [_contract_rows(client) for client in store.clients],
-            "references": {str(row): text for row, text in store.references.items()},
-        }
-        write_record(scratch / "clients.json", owners, content)
 
 
 def _write_array(path: Path, array: np.ndarray) -> None:

@@ -72,6 +72,11 @@ def change(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("results", "my{results}", "results: 'my{results}' is not allowed"),
         ("tables", {"reference": "fedmole"}, "reference 'fedmole' is not among the methods fedam"),
         ("execution", {"gpus": 1}, None),
+        ("scenarios", 5, "scenarios: 5 is not allowed; "),
+        ("scenarios", [5], "scenarios: item 1: 5 is not allowed; "),
+        ("results", "~/study", "results '~/study' must not start with ~"),
+        ("training.deepspeed", {"zero_optimization": {"stgae": 3}}, "key 'stgae' is not allowed"),
+        ("training.deepspeed", {"zero_optimization": {"stage": True}}, "with a stage from 0 to 3"),
         ("execution", {"clients_per_job": 0}, "clients_per_job 0 must be at least 1, or all"),
         (
             "execution.clients_per_job",
@@ -112,6 +117,17 @@ def test_dates_and_numbers_of_yaml_become_text(smoke: dict[str, Any], configs: P
     text = "{name: x, hub: lab/x, revision: 2024-01-01}"
     config = load_config(change(smoke, "backbone", yaml.safe_load(text)), configs)
     assert config.backbone.revision == "2024-01-01"
+
+
+def test_a_date_may_be_a_key_and_a_slash_may_end_the_results(
+    smoke: dict[str, Any], configs: Path
+) -> None:
+    dataset = read_yaml(configs / "datasets/snli.yaml")
+    dataset["answers"] = yaml.safe_load("{2024-01-01: Yes, 7: No, true: Maybe}")
+    smoke["scenarios"][0]["dataset"] = dataset
+    config = load_config({**smoke, "results": "out/"}, configs)
+    assert list(config.scenarios[0].dataset.answers) == ["2024-01-01", "7", "true"]
+    assert config.results == "out"
 
 
 def test_gpus_must_do_for_all_ranks(smoke: dict[str, Any], configs: Path) -> None:

@@ -33,9 +33,7 @@ def test_own_data_in_scenarios_of_different_size_on_two_ranks(tmp_path: Path) ->
     limits = {"max_embedding": 4, "max_eval": 4, "max_test": 6, "max_length": 64}
     study = new_study(
         tmp_path / "study",
-        methods=["fedit-ft", "zero-shot"],
-        tables={"reference": "fedit-ft"},
-        rounds=1,
+        methods=["fedamole", "zero-shot"],
         execution={"clients_per_job": 2},
         scenarios=[
             {"dataset": DATASET, "partition": "iid", "clients": 3, **limits},
@@ -49,7 +47,7 @@ def test_own_data_in_scenarios_of_different_size_on_two_ranks(tmp_path: Path) ->
     assert "fruit-iid accuracy (%)" in table
     assert "fruit-meta1 accuracy (%)" in table
     for scenario, clients in (("fruit-iid-s42", 3), ("fruit-meta1-s42", 2)):
-        run = study.results / f"runs/{scenario}/fedit/round_001"
+        run = study.results / f"runs/{scenario}/fedamole/round_002"
         records = [json.loads(path.read_text()) for path in sorted(run.glob("metrics_*.json"))]
         assert [record["client"] for record in records] == list(range(clients))
         assert all(set(record["answers"]) <= {0, 1} for record in records)

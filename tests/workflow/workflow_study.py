@@ -65,6 +65,7 @@ class Study:
         jobs: Counter[str] = Counter()
         for name in re.findall(r"^(?:local)?rule (\w+):$", done.stdout + done.stderr, re.MULTILINE):
             jobs[re.sub(r"(_\d+)+$", "", name)] += 1
+        assert jobs or "Nothing to be done" in done.stdout + done.stderr
         return jobs
 
     def logs(self) -> str:

@@ -11,6 +11,7 @@ rule prepare_backbone:
         f"{RESULTS}/benchmarks/prepare_backbone.tsv"
     resources:
         mem_mb=CONFIG.execution.mem_mb,
+        runtime=CONFIG.execution.runtime,
     params:
         settings=settings("backbone"),
     shell:
@@ -31,7 +32,7 @@ rule partition:
     benchmark:
         f"{RESULTS}/benchmarks/{{scenario}}/partition.tsv"
     resources:
-        mem_mb=2000,
+        mem_mb=CONFIG.execution.mem_mb,
         runtime=30,
     params:
         settings=settings("scenario"),
@@ -56,7 +57,7 @@ rule tokenize:
     benchmark:
         f"{RESULTS}/benchmarks/{{scenario}}/tokenize.tsv"
     resources:
-        mem_mb=2000,
+        mem_mb=CONFIG.execution.mem_mb,
         runtime=30,
     params:
         settings=settings("tokens"),
