@@ -123,7 +123,7 @@ def test_a_date_may_be_a_key_and_a_slash_may_end_the_results(
     smoke: dict[str, Any], configs: Path
 ) -> None:
     dataset = read_yaml(configs / "datasets/snli.yaml")
-    dataset["answers"] = yaml.safe_load("{2024-01-01: Yes, 7: No, true: Maybe}")
+    dataset["answers"] = yaml.safe_load("{2024-01-01: 'Yes', 7: 'No', true: Maybe}")
     smoke["scenarios"][0]["dataset"] = dataset
     config = load_config({**smoke, "results": "out/"}, configs)
     assert list(config.scenarios[0].dataset.answers) == ["2024-01-01", "7", "true"]
