@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: install ## fine-tune SmolLM2-135M on four clients and print the table
-	@echo "running configs/demo.yaml (about six minutes the first time); logs: results/demo/logs"
+	@echo "running configs/demo.yaml (six to seven minutes the first time); logs: results/demo/logs"
 	@snakemake --configfile configs/demo.yaml --cores $(CORES) \
 		--quiet host rules progress reason
 	@snakemake --configfile configs/demo.yaml --cores 1 --quiet all \
