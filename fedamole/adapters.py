@@ -14,6 +14,8 @@ from fedamole.settings import AdapterSettings
 
 # Parameters of an HMoLE layer that hold one row per expert, the shared expert last.
 STACKED = ("lora_A", "lora_B")
+# What PEFT puts in front of the names of the backbone.
+PREFIX = "base_model.model."
 
 
 def insert_adapters(
@@ -68,10 +70,11 @@ def extract_state(tensors: dict[str, torch.Tensor], state: ClientState) -> Clien
     Parameters
     ----------
     tensors
-        By ``{module}.{parameter}`` with any prefix in front of the module.
+        By ``{module}.{parameter}`` with PEFT's prefix, and any other before it.
     state
         Gives the modules and which experts are held.
     """
+    found = {name.rpartition(PREFIX)[2]: tensor.numpy() for name, tensor in tensors.items()}
     groups = {}
     for name, group in state.groups.items():
         experts = {key: np.empty_like(value) for key, value in group.experts.items()}
@@ -80,7 +83,7 @@ def extract_state(tensors: dict[str, torch.Tensor], state: ClientState) -> Clien
             held = group.module_N == index
             count = int(held.sum())
             for key in {**experts, **shared}:
-                array = _find(tensors, module, key).numpy()
+                array = found[f"{module}.{key}"]
                 if key in experts:
                     experts[key][held] = array[:count]
                 if key in shared:
@@ -99,14 +102,3 @@ def _rows_of_module(group: ClientGroup, index: int) -> Iterator[tuple[str, np.nd
         yield name, np.concatenate(rows)
     if "token_proj" in group.shared:
         yield "token_proj", group.shared["token_proj"][index]
-
-
-def _find(tensors: dict[str, torch.Tensor], module: str, parameter: str) -> torch.Tensor:
-    """Find the tensor of a module's parameter among names with PEFT's prefixes and suffixes."""
-    matches = [
-        tensor
-        for name, tensor in tensors.items()
-        if f".{module}." in f".{name}." and parameter in name.rsplit(module, 1)[-1].split(".")
-    ]
-    assert len(matches) == 1, f"{module}.{parameter} matches {len(matches)} tensors"
-    return matches[0]

@@ -144,7 +144,7 @@ def train_client(
     rows = session.store.clients[client]
     train_rows = training_rows(rows, state)
     num_steps = steps_per_round(settings, len(train_rows))
-    steps = _micro_batches(session, client, round_, train_rows)
+    steps = _micro_batches(session, client, round_, train_rows, num_steps)
     with session.personalised(state, sharded=settings.zero_stage == 3) as model:
         scored = ScoredModel(model, session.settings.run.adapter.balance_weight)
         with engine_for(scored, settings, learning_rate(settings, round_)) as engine:
@@ -201,7 +201,7 @@ def _tested(session: ClientSession, report: ClientReport) -> str:
 
 def training_rows(rows: ClientSplit, state: ClientState) -> np.ndarray:
     """Rows to train on: without domain experts nothing is embedded, so that set trains as well."""
-    if any(group.experts for group in state.groups.values()):
+    if state.has_experts:
         return rows.train
     return np.concatenate([rows.train, rows.embedding])
 
@@ -221,17 +221,16 @@ def _check_finite(report: ClientReport, trained: ClientState, round_: int, clien
 
 
 def _micro_batches(
-    session: ClientSession, client: int, round_: int, rows: np.ndarray
+    session: ClientSession, client: int, round_: int, rows: np.ndarray, num_steps: int
 ) -> Iterator[list[Batch]]:
     """Cut the client's part of the example stream for this round into steps and passes."""
     settings, store = session.settings.run.training, session.store
-    steps = steps_per_round(settings, len(rows))
     per_step, per_pass = settings.batch_size, settings.sequences_per_pass
     order = rows[
         stream_of_examples(
             len(rows),
-            (round_ - 1) * steps * per_step,
-            round_ * steps * per_step,
+            (round_ - 1) * num_steps * per_step,
+            round_ * num_steps * per_step,
             session.settings.run.seed,
             client,
         )
@@ -269,7 +268,7 @@ def _embed(
     session: ClientSession, rows: ClientSplit, scored: ScoredModel, trained: ClientState
 ) -> Embedded:
     """Embed the client's embedding set; nothing without domain experts."""
-    if not any(group.experts for group in trained.groups.values()):
+    if not trained.has_experts:
         return Embedded.nothing()
     batch_size = session.settings.evaluation.batch_size
     store, device = session.store, session.device

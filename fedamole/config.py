@@ -118,7 +118,7 @@ class Config(Section):
     def scenario_seeds(self) -> dict[str, tuple[ScenarioSettings, int]]:
         """Map the slug of every (scenario, seed) to both, in config order."""
         return {
-            f"{scenario.slug}-s{seed}": (scenario, seed)
+            scenario.seeded_slug(seed): (scenario, seed)
             for scenario in self.scenarios
             for seed in self.seeds
         }

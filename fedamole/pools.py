@@ -137,6 +137,11 @@ class ClientState:
     groups: dict[str, ClientGroup]
 
     @property
+    def has_experts(self) -> bool:
+        """Whether there are domain experts, not only shared tensors."""
+        return any(group.experts for group in self.groups.values())
+
+    @property
     def modules(self) -> tuple[str, ...]:
         """All modules, group by group."""
         return tuple(name for group in self.groups.values() for name in group.modules)

@@ -337,6 +337,10 @@ class ScenarioSettings(Section):
         """Name without the seed."""
         return self.name or f"{self.dataset.name}-{self.partition.slug}"
 
+    def seeded_slug(self, seed: int) -> str:
+        """Name with the seed, as it stands in paths and log lines."""
+        return f"{self.slug}-s{seed}"
+
 
 class AdapterSettings(Section):
     """The trainable part of a client's model."""

@@ -52,7 +52,7 @@ class ScenarioStage(Section):
     @property
     def label(self) -> str:
         """Slug of the scenario with its seed."""
-        return f"{self.scenario.slug}-s{self.seed}"
+        return self.scenario.seeded_slug(self.seed)
 
 
 class TokensStage(Section):
@@ -201,7 +201,7 @@ def results_stage(config: Config) -> ResultsStage:
         tables=config.tables,
         methods=config.methods,
         scenarios={
-            scenario.slug: [f"{scenario.slug}-s{seed}" for seed in config.seeds]
+            scenario.slug: [scenario.seeded_slug(seed) for seed in config.seeds]
             for scenario in config.scenarios
         },
         metrics={scenario.slug: scenario.dataset.metric for scenario in config.scenarios},

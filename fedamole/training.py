@@ -39,7 +39,7 @@ class ScoredModel(nn.Module):
     def __init__(self, model: nn.Module, balance_weight: float) -> None:
         super().__init__()
         self.model = model
-        self.balance_weight = balance_weight
+        self.balance_weight = balance_weight if hmole_layers(model) else 0.0
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum the token losses of each sequence.
@@ -63,7 +63,7 @@ class ScoredModel(nn.Module):
             reduction="none",
         )
         token_B = losses_BP.sum(1)
-        if not (self.balance_weight and self.training and hmole_layers(self.model)):
+        if not (self.balance_weight and self.training):
             return token_B, torch.zeros_like(token_B)
         return token_B, self.balance_weight * balance_loss(self.model)
 

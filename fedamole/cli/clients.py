@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +16,6 @@ from fedamole.stages import ClientStage, digest
 if TYPE_CHECKING:
     from fedamole.client import ClientReport, ClientSession
     from fedamole.pools import Assignment
-
-logger = logging.getLogger(__name__)
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -72,15 +69,16 @@ def run_evaluate_clients(args: argparse.Namespace) -> None:
     from fedamole.pool_files import read_client_state
 
     settings = parse(ClientStage, args.settings, "--settings")
+    run_digest, client_digest = digest(settings.run), digest(settings)
     parents = _parents(args)
-    assignment = _read_assignment(args.assignment, args.round, digest(settings.run))
+    assignment = _read_assignment(args.assignment, args.round, run_digest)
     method = load(settings.run.run)
     with _session(args, settings) as session:
         for client, out_metrics in zip(args.clients, args.out_metrics, strict=True):
-            state = read_client_state(args.pool, assignment, client, digest(settings.run))
+            state = read_client_state(args.pool, assignment, client, run_digest)
             report = method.evaluate_client(session, client, args.round, state)
             if _is_first_rank():
-                _write_metrics(out_metrics, digest(settings), parents, client, args.round, report)
+                _write_metrics(out_metrics, client_digest, parents, client, args.round, report)
 
 
 @contextlib.contextmanager
