@@ -8,16 +8,17 @@ TEST_WORKERS ?= $(shell echo $$(( $(CORES) < 6 ? $(CORES) : 6 )))
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLUSTER := tests/cluster/slurm_cluster.sh
 # Two libraries with two OpenMP threads each on busy cores are slower than one thread by far.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench schema format clean
+.PHONY: help install demo test test-cluster check bench bench-cluster schema format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 install: $(STAMP) ## make .venv with everything (idempotent)
 
@@ -43,6 +44,13 @@ demo: install ## fine-tune SmolLM2-135M on four clients and print the table
 test: install ## run the tests
 	@pytest -n $(TEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
+test-cluster: install ## start a SLURM on this machine (as root, Debian) and run studies on it
+	@$(CLUSTER) install
+	@$(CLUSTER) start
+	@trap '$(CLUSTER) stop' EXIT; \
+		pytest tests/cluster -m "not alone" -n 2 --dist loadgroup $(PYTEST_ARGS) \
+		&& pytest tests/cluster -m alone -n 0 $(PYTEST_ARGS)
+
 check: install ## lint, types, formats, and a dry run of every config
 	@ruff check .
 	@ruff format --check .
@@ -53,6 +61,11 @@ check: install ## lint, types, formats, and a dry run of every config
 		echo "dry run of $$config"; \
 		snakemake -n --quiet all --configfile $$config || exit 1; \
 	done
+
+bench-cluster: install ## what SLURM costs, on the cluster of test-cluster
+	@$(CLUSTER) install
+	@$(CLUSTER) start
+	@trap '$(CLUSTER) stop' EXIT; python benchmarks/cluster.py
 
 bench: install ## ratios against PEFT LoRA and the frozen backbone
 	@python benchmarks/layer.py

@@ -15,6 +15,7 @@ container: "workflow/envs/fedamole.sif"
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/cluster.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/rounds.smk"
 include: "workflow/rules/evaluation.smk"
@@ -24,8 +25,15 @@ include: "workflow/rules/tables.smk"
 report: "workflow/report/workflow.rst"
 
 
+# A SLURM job costs more than these do: they run beside Snakemake itself.
 localrules:
     all,
+    prepare_backbone,
+    partition,
+    tokenize,
+    init_server,
+    aggregate,
+    assign,
     gather,
     tables,
     figures,

@@ -17,7 +17,7 @@ from fedamole.backbone import load_backbone, load_tokenizer
 from fedamole.batches import Batch, collate, stream_of_examples
 from fedamole.datasets.tokens import TokenStore
 from fedamole.embeddings import Embedded, embed_client
-from fedamole.errors import FedamoleError
+from fedamole.errors import ClientError
 from fedamole.evaluation import Score, accuracy, evaluation_loss, rouge_of_answers
 from fedamole.partition import ClientSplit
 from fedamole.pools import ClientState, Upload
@@ -28,6 +28,7 @@ from fedamole.training import (
     TrainingRecord,
     engine_for,
     learning_rate,
+    sharded_for_testing,
     steps_per_round,
     train,
     trained_tensors,
@@ -143,6 +144,8 @@ def train_client(
     settings = session.settings.run.training
     rows = session.store.clients[client]
     train_rows = training_rows(rows, state)
+    if not len(train_rows):
+        raise ClientError(f"{_name(session, round_, client)} has no training examples")
     num_steps = steps_per_round(settings, len(train_rows))
     steps = _micro_batches(session, client, round_, train_rows, num_steps)
     with session.personalised(state, sharded=settings.zero_stage == 3) as model:
@@ -180,10 +183,13 @@ def evaluate_client(
     session: ClientSession, client: int, round_: int, state: ClientState
 ) -> ClientReport:
     """Test a model on a client's data without training it; see :func:`train_client`."""
-    with session.personalised(state) as model:
-        scored = ScoredModel(model, balance_weight=0.0).eval()
-        num_train = len(training_rows(session.store.clients[client], state))
-        report = _test(session, client, scored, None, num_train)
+    settings = session.settings.run.training
+    sharded = settings.zero_stage == 3
+    num_train = len(training_rows(session.store.clients[client], state))
+    with session.personalised(state, sharded) as model:
+        scored = ScoredModel(model, balance_weight=0.0)
+        with sharded_for_testing(scored, settings) if sharded else contextlib.nullcontext():
+            report = _test(session, client, scored.eval(), None, num_train)
     logger.info("%s: %s", _name(session, round_, client), _tested(session, report))
     return report
 
@@ -214,7 +220,7 @@ def _check_finite(report: ClientReport, trained: ClientState, round_: int, clien
         for array in (*group.experts.values(), *group.shared.values())
     ]
     if not np.isfinite(report.eval_loss) or not all(np.isfinite(array).all() for array in arrays):
-        raise FedamoleError(
+        raise ClientError(
             f"round {round_} client {client}: the trained model is not finite (eval loss "
             f"{report.eval_loss}); try a lower training: learning_rate, or gradient_clipping"
         )

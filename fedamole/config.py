@@ -102,10 +102,24 @@ class Config(Section):
                 f"tables: reference {self.tables.reference!r} is not among the methods "
                 f"{', '.join(self.methods)}"
             )
-        if 0 < self.execution.gpus < self.training.ranks:
+        execution, ranks = self.execution, self.training.ranks
+        processes = execution.processes(ranks)
+        if processes % execution.nodes:
             raise ValueError(
-                f"execution: gpus {self.execution.gpus} must be 0 (CPU) or at least "
-                f"training: ranks {self.training.ranks}"
+                f"execution: nodes {execution.nodes} must divide the processes of a job, "
+                f"clients_at_once * ranks = {execution.clients_at_once} * {ranks} = {processes}"
+            )
+        if ranks > 1 and max(processes // execution.nodes, ranks) % min(
+            processes // execution.nodes, ranks
+        ):
+            raise ValueError(
+                f"execution: nodes {execution.nodes} cut the {ranks} ranks of a client unevenly; "
+                "give every client whole nodes, or several clients one node"
+            )
+        if 0 < execution.gpus < processes:
+            raise ValueError(
+                f"execution: gpus {execution.gpus} must be 0 (CPU) or at least "
+                f"clients_at_once * training: ranks = {processes}"
             )
         datasets = {scenario.dataset.name: scenario.dataset for scenario in self.scenarios}
         for scenario in self.scenarios:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -11,75 +12,102 @@ import torch.distributed
 from torch.utils import deterministic
 
 from fedamole.errors import FedamoleError
+from fedamole.launching import Layout, Seat, seat
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 ItemT = TypeVar("ItemT")
+LEAVE_POLL_S = 0.2
 
 
 @contextlib.contextmanager
-def process_group(ranks: int, cpu_threads: int) -> Iterator[torch.device]:
-    """Join the process group of this job and give the device of this rank.
+def process_group(layout: Layout) -> Iterator[tuple[Seat, torch.device]]:
+    """Join the processes that train one client together; give this one's place and device.
 
-    Under torchrun, rank and world size come from the environment. Without it, a single process
-    forms a group of its own over an in-memory store: no port is opened, so that any number of jobs
-    can start on one machine at once. Only rank 0 logs.
+    A client of one process needs no other: its group is over an in-memory store and opens no port,
+    so that any number of jobs can start on one machine at once. Only rank 0 of a client logs.
 
     Parameters
     ----------
-    ranks
-        Processes that the settings ask for.
-    cpu_threads
-        Threads of each process.
+    layout
+        Processes of the job.
 
     Raises
     ------
     FedamoleError
-        If the launcher started another number of processes.
+        If another number of processes was started, or the node shows too few GPUs.
     """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != ranks:
-        raise FedamoleError(f"training: ranks is {ranks}, but {started} processes were started")
-    torch.set_num_threads(cpu_threads)
+    place = seat(layout)
+    torch.set_num_threads(layout.cpu_threads)
     # A choice of kernel by timing would make the last bits depend on the load of the machine.
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Nothing here reads memory before writing it; filling DeepSpeed's buckets would take seconds.
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
-    on_gpu = torch.cuda.is_available()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if on_gpu and here > torch.cuda.device_count():
-        # Every rank of the node sees this, so rank 0 says it.
-        raise FedamoleError(
-            f"training: {here} ranks are on this node, which shows {torch.cuda.device_count()} GPUs"
-        )
-    if on_gpu:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.cuda.set_device(local_rank)
-    backend = "nccl" if on_gpu else "gloo"
-    if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
-        torch.distributed.init_process_group(backend)
-    else:
-        # DeepSpeed looks for mpi4py unless these say that there is nothing to discover.
-        os.environ.update(ALONE)
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-    if rank() > 0:
+    device = _device(place)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = _store(layout, place)
+    torch.distributed.init_process_group(
+        backend, store=store, rank=place.rank, world_size=layout.ranks
+    )
+    if place.rank > 0:
         logging.disable(logging.INFO)
-    yield torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    yield place, device
     # Not after an exception: the other ranks may wait in a collective for ever, and we with them.
     torch.distributed.destroy_process_group()
-    if started == 1:
-        for name in ALONE:
-            os.environ.pop(name)
+    if layout.ranks > 1:
+        _leave_together(store, place, layout)
+    for name in ALONE:
+        os.environ.pop(name, None)
+
+
+def _device(place: Seat) -> torch.device:
+    """GPU of this process where torch sees one; otherwise the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if place.local_processes > torch.cuda.device_count():
+        # Every process of the node sees this, so the first says it.
+        raise FedamoleError(
+            f"training: {place.local_processes} processes are on this node, which shows "
+            f"{torch.cuda.device_count()} GPUs"
+        )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.cuda.set_device(place.local_number)
+    return torch.device("cuda", place.local_number)
+
+
+def _store(layout: Layout, place: Seat) -> torch.distributed.Store:
+    """Where the ranks of a client find each other.
+
+    All clients of a job share one server, on the first node; each has names of its own in it.
+    """
+    if layout.ranks == 1:
+        store: torch.distributed.Store = torch.distributed.HashStore()
+        # DeepSpeed looks for mpi4py unless these say that there is nothing to discover.
+        os.environ.update(ALONE)
+    else:
+        store = next(torch.distributed.rendezvous("env://"))[0]
+        store = torch.distributed.PrefixStore(f"lane {place.lane}", store)
+        os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(layout.ranks)}
+    os.environ["LOCAL_RANK"] = str(place.local_number)
+    return store
+
+
+def _leave_together(store: torch.distributed.Store, place: Seat, layout: Layout) -> None:
+    """Keep the server of the store up until its last client is done."""
+    while isinstance(store, torch.distributed.PrefixStore):
+        store = store.underlying_store
+    gone = store.add("left", 1)
+    while place.number == 0 and gone < layout.processes:
+        time.sleep(LEAVE_POLL_S)
+        gone = store.add("left", 0)
 
 
 def rank() -> int:
-    """Index of this process among those of the job."""
+    """Index of this process among those of its client."""
     return torch.distributed.get_rank()
 
 
 def world_size() -> int:
-    """Number of processes of the job."""
+    """Number of processes of the client."""
     return torch.distributed.get_world_size()
 
 

@@ -1,4 +1,4 @@
-"""The one exception for everything a user can fix."""
+"""Exceptions for everything a user can fix."""
 
 
 class FedamoleError(Exception):
@@ -8,3 +8,7 @@ class FedamoleError(Exception):
     turns it into exactly that line and exit code 2; every other exception is a defect and keeps
     its traceback.
     """
+
+
+class ClientError(FedamoleError):
+    """Why one client cannot be trained, found by all its ranks alike: the job can do the others."""

@@ -132,8 +132,33 @@ class BackboneLoading(Section):
         return self
 
 
+class BackboneSize(Section):
+    """Sizes of the model, by the names of its ``config.json``; for estimates only."""
+
+    hidden_size: int = Field(ge=1)
+    """Width of the residual stream."""
+    num_hidden_layers: int = Field(ge=1)
+    """Number of decoder layers."""
+    intermediate_size: int = Field(ge=1)
+    """Width of the feed-forward layers."""
+    num_attention_heads: int = Field(ge=1)
+    """Number of attention heads."""
+    num_key_value_heads: int | None = Field(default=None, ge=1)
+    """Number of heads of keys and values; default: num_attention_heads."""
+    head_dim: int | None = Field(default=None, ge=1)
+    """Width of a head; default: hidden_size / num_attention_heads."""
+    vocab_size: int = Field(ge=1)
+    """Size of the vocabulary."""
+    tie_word_embeddings: bool = True
+    """Whether the output layer shares the weights of the input embedding."""
+
+
 class BackboneSettings(BackboneLoading, BackboneSource):
     """The frozen language model: where it comes from, and how it is loaded."""
+
+    size: BackboneSize | None = None
+    """How large it is. Memory and time of the jobs, and ``fedamole plan``, follow from it until the
+    model is prepared. It changes no number; not needed for folder and generate."""
 
 
 class SourceSettings(Section):
@@ -504,16 +529,34 @@ class ExecutionSettings(Section):
     """How the work is cut into jobs. Nothing here changes a number."""
 
     clients_per_job: int | Literal["all"] = "all"
-    """Clients of one round that one job trains one after another: 1, n, or all."""
-    mem_mb: int = Field(default=4000, ge=100)
-    """Memory that a training job asks for, in MB."""
-    runtime: int = Field(default=240, ge=1)
-    """Time that a training job asks for, in minutes."""
+    """Clients of one round that one job trains: 1, n, or all."""
+    clients_at_once: int = Field(default=1, ge=1)
+    """Clients that a job trains side by side, each with ranks of its own; the others wait."""
+    nodes: int = Field(default=1, ge=1)
+    """Nodes of a job on a cluster. Its processes, clients_at_once * ranks, are spread evenly over
+    them."""
     gpus: int = Field(default=0, ge=0)
-    """GPUs that a training job asks for."""
+    """GPUs of a job on all its nodes together: 0 (CPU), or at least one for each process."""
+    mem_mb: int | None = Field(default=None, ge=100)
+    """Memory per node that a job asks for, in MB; default: from the size of the model. Half as much
+    again with every retry."""
+    runtime: int | None = Field(default=None, ge=1)
+    """Time that a job asks for, in minutes; default: a generous estimate from the size of the model
+    and the work. Twice as much with every retry."""
 
     @model_validator(mode="after")
     def _positive(self) -> "ExecutionSettings":
         if self.clients_per_job != "all" and self.clients_per_job < 1:
             raise ValueError(f"clients_per_job {self.clients_per_job} must be at least 1, or all")
+        if self.clients_per_job != "all" and self.clients_at_once > self.clients_per_job:
+            raise ValueError(
+                f"clients_at_once {self.clients_at_once} must not exceed clients_per_job "
+                f"{self.clients_per_job}"
+            )
+        if self.gpus % self.nodes:
+            raise ValueError(f"gpus {self.gpus} must be a multiple of nodes {self.nodes}")
         return self
+
+    def processes(self, ranks: int) -> int:
+        """Processes of a job whose clients take so many ranks each."""
+        return self.clients_at_once * ranks

@@ -173,6 +173,10 @@ def run_stage(config: Config, scenario: str, run: str) -> RunStage:
     if not assigns:
         adapter = AdapterSettings(**adapter.model_dump(exclude={"top_k", "balance_weight"}))
     untrained = TrainingSettings(cpu_threads=config.training.cpu_threads)
+    if config.training.zero_stage == 3:
+        # A model that is cut over ranks to be trained may not fit one of them to be tested.
+        kept = config.training.model_dump(include={"cpu_threads", "ranks", "deepspeed"})
+        untrained = TrainingSettings(batch_size=config.training.ranks, **kept)
     return RunStage(
         version=VERSIONS["run"],
         run=run,

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fedamole import distributed
 from fedamole.batches import IGNORED, Batch
-from fedamole.errors import FedamoleError
+from fedamole.errors import ClientError
 from fedamole.hmole_peft import balance_loss, hmole_layers, routed_tokens
 from fedamole.randomness import derive_seed
 from fedamole.settings import TrainingSettings
@@ -132,6 +132,18 @@ def engine_for(
         engine.destroy()
 
 
+@contextlib.contextmanager
+def sharded_for_testing(model: nn.Module, settings: TrainingSettings) -> Iterator[None]:
+    """Cut a model that is only tested into slices over the ranks, as ZeRO-3 does in training."""
+    engine, *_ = deepspeed.initialize(
+        model=model, config=_deepspeed_config(settings, num_trainable=1), dist_init_required=False
+    )
+    try:
+        yield
+    finally:
+        engine.destroy()
+
+
 def train(
     engine: deepspeed.DeepSpeedEngine,
     steps: Iterable[Sequence[Batch]],
@@ -200,7 +212,7 @@ def _check_finite(losses: Sequence[float], place: LocalTraining) -> None:
     """Refuse a training that diverged, before its tensors spoil the mean of all clients."""
     for step, loss in enumerate(losses, start=1):
         if not math.isfinite(loss):
-            raise FedamoleError(
+            raise ClientError(
                 f"round {place.round} client {place.client}: the loss of step {step} is {loss}; "
                 "try a lower training: learning_rate, or gradient_clipping"
             )

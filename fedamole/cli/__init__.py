@@ -21,14 +21,19 @@ MODULES = (
     "gather",
     "results",
     "show",
+    "plan",
+    "status",
+    "submit",
+    "prune",
     "pool",
     "schema",
+    "doctor",
 )
 
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 # Commands whose output a person may cut short, for example with `| head`.
-FOR_PEOPLE = ("show", "pool", "schema")
+FOR_PEOPLE = ("show", "plan", "prune", "status", "pool", "schema", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _set_up_logging()
         # A scheduler ends a job with SIGTERM; unwinding the stack removes scratch files.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        arguments = _parser().parse_args(argv)
+        arguments = _parse(argv)
         if arguments.subcommand in FOR_PEOPLE:
             _run_for_people(arguments)
         else:
@@ -55,6 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain("interrupted")
         return 130
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; what a command does not know goes to Snakemake if it says so."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not getattr(arguments, "passes_on", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.passed_on = rest
+    return arguments
 
 
 def _set_up_logging() -> None:

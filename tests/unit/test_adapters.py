@@ -12,6 +12,7 @@ from fedamole.adapters import extract_state, insert_adapters, remove_adapters
 from fedamole.distributed import process_group
 from fedamole.embeddings import embed_client
 from fedamole.hmole_peft import hmole_layers
+from fedamole.launching import Layout
 from fedamole.pools import ClientGroup, ClientState
 from fedamole.settings import AdapterSettings
 from fedamole.training import ScoredModel
@@ -22,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True, scope="module")
 def group() -> Iterator[None]:
-    with process_group(ranks=1, cpu_threads=1):
+    with process_group(Layout()):
         yield
 
 

@@ -15,6 +15,7 @@ from fedamole.batches import collate
 from fedamole.datasets.tokens import TokenStore
 from fedamole.distributed import collect, process_group, share_of_rank
 from fedamole.evaluation import accuracy, evaluation_loss, generate, rouge_l
+from fedamole.launching import Layout
 from fedamole.settings import BackboneSettings, EvaluationSettings
 from fedamole.training import ScoredModel
 
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True, scope="module")
 def group() -> Iterator[None]:
-    with process_group(ranks=1, cpu_threads=1):
+    with process_group(Layout()):
         yield
 
 

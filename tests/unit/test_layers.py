@@ -10,12 +10,14 @@ PACKAGE = Path(__file__).parents[2] / "fedamole"
 # Lowest first; a module may import from its own layer and those before. See ARCHITECTURE.md.
 LAYERS = [
     {"errors", "__init__"},
-    {"registry", "settings", "mistakes", "config", "stages", "randomness"},
-    {"artifacts", "pools", "hdf5", "pool_files", "records"},
+    {"registry", "settings", "mistakes", "config", "stages", "randomness"}
+    | {"slurm", "slurm_site", "snakemake_profile", "launching"},
+    {"artifacts", "pools", "hdf5", "pool_files", "records", "progress", "owner"},
     {"partition", "assignment", "aggregation", "targets", "results", "rendering", "tables"}
-    | {"figure_data", "drawing", "figures", "config_reference"},
+    | {"figure_data", "drawing", "figures", "config_reference"}
+    | {"planning", "study_status", "head"},
     {"datasets", "distributed", "batches", "hmole_function", "hmole", "hmole_peft", "backbone"}
-    | {"adapters", "training", "embeddings", "evaluation", "client"},
+    | {"adapters", "training", "embeddings", "evaluation", "client", "doctor"},
     {"methods"},
     {"cli", "__main__"},
 ]

@@ -130,12 +130,36 @@ def test_a_date_may_be_a_key_and_a_slash_may_end_the_results(
     assert config.results == "out"
 
 
-def test_gpus_must_do_for_all_ranks(smoke: dict[str, Any], configs: Path) -> None:
-    change(smoke, "training.ranks", 2)
-    with pytest.raises(
-        FedamoleError, match=r"gpus 1 must be 0 \(CPU\) or at least training: ranks"
-    ):
-        load_config(change(smoke, "execution", {"gpus": 1}), configs)
+@pytest.mark.parametrize(
+    ("ranks", "execution", "message"),
+    [
+        (2, {"gpus": 1}, "gpus 1 must be 0 .CPU. or at least clients_at_once .* ranks = 2"),
+        (1, {"gpus": 1, "clients_at_once": 2}, "gpus 1 must be 0 .CPU. or at least .* = 2"),
+        (1, {"nodes": 2}, "nodes 2 must divide the processes of a job, .* = 1 \\* 1 = 1"),
+        (2, {"nodes": 2, "clients_at_once": 3, "gpus": 7}, "gpus 7 must be a multiple of nodes 2"),
+        (2, {"nodes": 3, "clients_at_once": 3}, None),
+        (4, {"nodes": 2, "clients_at_once": 1}, None),
+        (4, {"nodes": 3, "clients_at_once": 3}, None),
+        (6, {"nodes": 4, "clients_at_once": 2}, None),
+        (6, {"nodes": 3, "clients_at_once": 2}, "nodes 3 cut the 6 ranks of a client unevenly"),
+        (1, {"clients_per_job": 2, "clients_at_once": 3}, "clients_at_once 3 must not exceed"),
+        (1, {"clients_per_job": 0}, "clients_per_job 0 must be at least 1, or all"),
+    ],
+)
+def test_processes_of_a_job_must_lie_evenly(
+    smoke: dict[str, Any],
+    configs: Path,
+    ranks: int,
+    execution: dict[str, Any],
+    message: str | None,
+) -> None:
+    change(smoke, "training", {"ranks": ranks, "batch_size": 12})
+    change(smoke, "execution", execution)
+    if message is None:
+        load_config(smoke, configs)
+        return
+    with pytest.raises(FedamoleError, match=message):
+        load_config(smoke, configs)
 
 
 def test_one_name_for_two_data_sets_is_refused(smoke: dict[str, Any], configs: Path) -> None:
@@ -170,11 +194,14 @@ def test_defaults_belong_to_the_stage_versions() -> None:
         for section in vars(settings).values()
         if isinstance(section, type) and issubclass(section, settings.Section)
     ]
+    # These change no number of a stage.
+    unused = (settings.TablesSettings, settings.ExecutionSettings, settings.BackboneSize)
     defaults = {
         f"{section.__name__}.{name}": repr(field.get_default(call_default_factory=False))
         for section in sections
-        if section not in (settings.TablesSettings, settings.ExecutionSettings)
+        if section not in unused
         for name, field in section.model_fields.items()
+        if (section, name) != (settings.BackboneSettings, "size")
     }
     constants = DEFAULT_MAX_TEST, EMBEDDING_FRACTION, MAX_TASKS
     text = stages.VERSIONS, sorted(defaults.items()), constants

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from fedamole import stages
 from fedamole.artifacts import read_record
 from fedamole.config import load_config, read_yaml
 from fedamole.pool_files import read_assignment, read_client_state, read_upload
+from fedamole.progress import read_progress
 from fedamole.settings import TrainingSettings
 from fedamole.training import learning_rate, steps_per_round
 
@@ -25,24 +27,22 @@ CHECKOUT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def fedamole(*arguments: str | Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run a command, under torchrun for several ranks, as the rules do."""
-    launcher = [sys.executable, "-m", "fedamole"]
-    if ranks > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        launcher += ["--nproc-per-node", str(ranks), "--module", "fedamole"]
+def fedamole(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as the rules do."""
     return subprocess.run(
-        [*launcher, *map(str, arguments)],
+        [sys.executable, "-m", "fedamole", *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | environment,
         timeout=240,
     )
 
 
-def succeed(*arguments: str | Path, ranks: int = 1) -> None:
-    done = fedamole(*arguments, ranks=ranks)
+def succeed(*arguments: str | Path) -> str:
+    """Run a command that must not fail; give what it logs."""
+    done = fedamole(*arguments)
     assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 class Workshop:
@@ -95,33 +95,38 @@ class Workshop:
         )
         return pool, assignment
 
-    def try_training(
-        self, stage: stages.ClientStage, pool: Path, assignment: Path
-    ) -> subprocess.CompletedProcess[str]:
-        """Train client 0 in one process, whatever comes of it."""
-        return fedamole(
-            *("train-clients", "--settings", stages.canonical_json(stage), "--round", "1"),
-            *("--clients", "0", "--backbone", self.backbone, "--tokens", self.tokens),
-            *("--pool", pool, "--assignment", assignment),
-            *("--out-uploads", pool.with_name("client_0.h5")),
-            *("--out-metrics", pool.with_name("metrics_0.json")),
-        )
-
-    def train(
-        self, name: str, clients: list[int], ranks: int = 1, run: str = "fedamole", **training: Any
-    ) -> Path:
-        """Train clients in round 1 from a fresh pool; give the folder with their uploads."""
-        stage = self.stage(run, ranks=ranks, **training)
-        folder = self.folder / name
-        pool, assignment = self.init(name, stage)
-        succeed(
+    def arguments(
+        self, stage: stages.ClientStage, folder: Path, clients: list[int]
+    ) -> list[str | Path]:
+        """Arguments that train clients in round 1 from the pool in a folder."""
+        return [
             *("train-clients", "--settings", stages.canonical_json(stage), "--round", "1"),
             *("--clients", *map(str, clients), "--backbone", self.backbone),
-            *("--tokens", self.tokens, "--pool", pool, "--assignment", assignment),
+            *("--tokens", self.tokens, "--progress", folder / "progress"),
+            *("--pool", folder / "pool.h5", "--assignment", folder / "assignment.h5"),
             *("--out-uploads", *(folder / f"client_{k}.h5" for k in clients)),
             *("--out-metrics", *(folder / f"metrics_{k}.json" for k in clients)),
-            ranks=ranks,
-        )
+        ]
+
+    def try_training(
+        self, stage: stages.ClientStage, pool: Path, assignment: Path, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Train client 0, whatever comes of it."""
+        return fedamole(*self.arguments(stage, pool.parent, [0]), **environment)
+
+    def train(
+        self,
+        name: str,
+        clients: list[int],
+        run: str = "fedamole",
+        at_once: int = 1,
+        **training: Any,
+    ) -> Path:
+        """Train clients in round 1 from a fresh pool; give the folder with their uploads."""
+        stage = self.stage(run, **training)
+        folder = self.folder / name
+        self.init(name, stage)
+        succeed(*self.arguments(stage, folder, clients), "--at-once", str(at_once))
         return folder
 
 
@@ -173,18 +178,23 @@ def test_ranks_and_zero_stages_give_the_same_weights(
     assert sum(a == b for a, b in zip(shared["answers"], alone["answers"], strict=True)) >= 3
 
 
-def test_two_ranks_test_a_pool_like_one(workshop: Workshop) -> None:
+@pytest.mark.parametrize(
+    ("run", "deepspeed"), [("fedit", "zero1"), ("fedit", "zero3"), ("zero-shot", "zero3")]
+)
+def test_two_ranks_test_a_pool_like_one(workshop: Workshop, run: str, deepspeed: str) -> None:
     found = {}
-    for ranks in (1, 2):
-        stage = workshop.stage("fedit", ranks=ranks, micro_batch_size=1)
+    for ranks, kind in ((1, "zero1"), (2, deepspeed)):
+        stage = workshop.stage(run, ranks=ranks, micro_batch_size=1, deepspeed=kind)
+        assert stage.run.training.ranks == ranks
         # The pool is that of one rank; how it is tested is what is compared.
-        pool, _ = workshop.init(f"evaluate-{ranks}", stage)
-        out = [workshop.folder / f"evaluate-{ranks}" / f"metrics_{k}.json" for k in (0, 1)]
+        folder = workshop.folder / f"evaluate-{run}-{deepspeed}-{ranks}"
+        pool, _ = workshop.init(folder.name, stage)
+        out = [folder / f"metrics_{k}.json" for k in (0, 1)]
         succeed(
             *("evaluate-clients", "--settings", stages.canonical_json(stage), "--round", "0"),
             *("--clients", "0", "1", "--backbone", workshop.backbone),
             *("--tokens", workshop.tokens, "--pool", pool, "--out-metrics", *out),
-            ranks=ranks,
+            *("--progress", folder / "progress"),
         )
         found[ranks] = [metrics(path) for path in out]
     for alone, shared in zip(found[1], found[2], strict=True):
@@ -198,13 +208,90 @@ def test_nothing_was_compiled(workshop: Workshop) -> None:
     assert not any(path.is_file() for path in workshop.extensions.rglob("*"))
 
 
-def test_a_wrong_number_of_ranks_is_one_clear_line(workshop: Workshop) -> None:
-    stage = workshop.stage(ranks=2)
-    pool, assignment = workshop.init("wrong-ranks", stage)
-    done = workshop.try_training(stage, pool, assignment)
+def test_clients_side_by_side_give_the_same_bytes(workshop: Workshop, one_rank: Path) -> None:
+    folder = workshop.train("side-by-side", [0, 1, 2], at_once=2)
+    for name in ("client_0.h5", "client_1.h5", "metrics_0.json", "metrics_1.json"):
+        assert (folder / name).read_bytes() == (one_rank / name).read_bytes()
+    seats = {item.client: item.process for item in read_progress(folder / "progress")}
+    assert seats[0] == seats[2] != seats[1]
+
+
+def test_two_clients_of_two_ranks_side_by_side(workshop: Workshop) -> None:
+    one_after_another = workshop.train("2x2-a", [0, 1], ranks=2)
+    side_by_side = workshop.train("2x2-b", [0, 1], ranks=2, at_once=2)
+    for name in ("client_0.h5", "client_1.h5", "metrics_0.json", "metrics_1.json"):
+        assert (side_by_side / name).read_bytes() == (one_after_another / name).read_bytes()
+
+
+def test_ranks_that_fedamole_did_not_start_are_one_clear_line(workshop: Workshop) -> None:
+    stage = workshop.stage(ranks=1)
+    done = workshop.try_training(stage, *workshop.init("foreign", stage), WORLD_SIZE="2", RANK="0")
     assert done.returncode == 2
-    assert "training: ranks is 2, but 1 processes were started" in done.stderr
+    assert "is 1, but 2 processes were started; fedamole starts them itself" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_client_that_fails_stops_no_other_and_a_retry_does_only_it(
+    workshop: Workshop, one_rank: Path, ranks: int
+) -> None:
+    stage = workshop.stage(ranks=ranks)
+    folder = workshop.folder / f"failing-{ranks}"
+    workshop.init(folder.name, stage)
+    arguments = workshop.arguments(stage, folder, [0, 1, 2])
+    # Client 1 has lost its training set for a while.
+    broken = workshop.folder / f"tokens-{ranks}"
+    shutil.copytree(workshop.tokens, broken)
+    whole = (broken / "clients.json").read_text()
+    arguments[arguments.index(workshop.tokens)] = broken
+    (broken / "clients.json").write_text(without_training_examples(whole, client=1))
+    failed = fedamole(*arguments)
+    assert failed.returncode == 2
+    assert (
+        "failed: chatterbot-dir0.5-s42 fedamole round 1 client 1 has no training" in failed.stderr
+    )
+    assert "no result of clients 1; the 2 that are done are kept" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not [*folder.glob("client_*.h5")]
+    states = {item.client: item for item in read_progress(folder / "progress")}
+    assert [states[k].state for k in range(3)] == ["done", "failed", "done"]
+    assert states[1].error and "no training examples" in states[1].error
+
+    (broken / "clients.json").write_text(whole)
+    log = succeed(*arguments)
+    assert "clients 0, 2 were done by an earlier attempt" in log
+    assert "round 1 client 1: " in log
+    assert "round 1 client 0: " not in log
+    assert sorted(path.name for path in (folder / "progress").iterdir()) == [
+        f"train_00{k}.json" for k in range(3)
+    ]
+    if ranks == 1:
+        for name in ("client_0.h5", "client_1.h5", "metrics_0.json", "metrics_1.json"):
+            assert (folder / name).read_bytes() == (one_rank / name).read_bytes()
+
+
+def without_training_examples(clients_json: str, client: int) -> str:
+    record = json.loads(clients_json)
+    start, _ = record["clients"][client]["train"]
+    record["clients"][client]["train"] = [start, start]
+    return json.dumps(record)
+
+
+def test_files_of_other_inputs_are_not_taken_for_done(workshop: Workshop) -> None:
+    folder = workshop.train("kept", [0])
+    shutil.copy(folder / "client_0.h5", folder / "progress" / "client_0.h5")
+    shutil.copy(folder / "metrics_0.json", folder / "progress" / "metrics_0.json")
+    stage = workshop.stage()
+    log = succeed(*workshop.arguments(stage, folder, [0]))
+    assert "clients 0 were done" in log and "round 1 client 0" not in log
+
+    (folder / "progress").mkdir(exist_ok=True)
+    shutil.copy(folder / "client_0.h5", folder / "progress" / "client_0.h5")
+    shutil.copy(folder / "metrics_0.json", folder / "progress" / "metrics_0.json")
+    other = workshop.stage(learning_rate=2e-3)
+    workshop.init("kept", other)
+    log = succeed(*workshop.arguments(other, folder, [0]))
+    assert "were done" not in log and "round 1 client 0" in log
 
 
 @pytest.mark.parametrize("deepspeed", ["zero1", "zero3"])
@@ -327,4 +414,8 @@ def test_a_training_that_diverges_is_one_clear_line(
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert sorted(path.name for path in pool.parent.iterdir()) == ["assignment.h5", "pool.h5"]
+    assert sorted(path.name for path in pool.parent.iterdir()) == [
+        "assignment.h5",
+        "pool.h5",
+        "progress",
+    ]

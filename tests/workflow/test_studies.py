@@ -68,3 +68,8 @@ def test_a_broken_row_ends_the_study_with_file_and_line(tmp_path: Path) -> None:
     # Also on the console: nobody has to look for the log.
     assert "fruit.jsonl:121" in done.stdout + done.stderr
     assert "Traceback" not in study.logs()
+
+
+def test_a_thousand_rounds_are_planned_without_running_out_of_recursion(tmp_path: Path) -> None:
+    planned = new_study(tmp_path / "study", rounds=1000, methods=["fedamole"]).planned()
+    assert planned["train_clients"] == 1000 and planned["assign"] == 999

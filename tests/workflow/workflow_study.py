@@ -23,6 +23,10 @@ class Study:
     config: dict[str, Any]
 
     @property
+    def snakefile(self) -> Path:
+        return REPOSITORY / "Snakefile"
+
+    @property
     def results(self) -> Path:
         return self.folder / self.config["results"]
 
@@ -34,7 +38,7 @@ class Study:
             "snakemake",
             *arguments,
             "--snakefile",
-            str(REPOSITORY / "Snakefile"),
+            str(self.snakefile),
             "--directory",
             str(self.folder),
             "--cores",

@@ -29,6 +29,7 @@ SCENARIOS = CONFIG.scenario_seeds()
 BACKBONE = f"{RESULTS}/backbones/{CONFIG.backbone.name}"
 RUN = f"{RESULTS}/runs/{{scenario}}/{{run}}"
 ROUND = f"{RUN}/round_{{round}}"
+PROGRESS = f"{RESULTS}/progress/{{scenario}}/{{run}}/round_{{round}}"
 TABLES = [f"{RESULTS}/tables/{name}" for name in table_names()]
 FIGURES = [
     f"{RESULTS}/figures/{name}" for name in figure_names(stages.results_stage(CONFIG))
@@ -180,21 +181,28 @@ def assignments_of_row(wildcards):
     )
 
 
+def progress_of_round(wildcards, output):
+    """Params function: folder for what each client is doing.
+
+    It takes the outputs for the same reason as client_numbers.
+    """
+    return PROGRESS.format(**wildcards)
+
+
 @functools.cache
 def ranks_of(scenario, run):
-    """Processes that train one client of a run together."""
+    """Processes that work on one client of a run together."""
     return stages.run_stage(CONFIG, scenario, run).training.ranks
 
 
-def launcher(wildcards, output):
-    """Params function: how to start what trains; torchrun for several ranks of one node.
+def layout(wildcards, output):
+    """Params function: how the clients of a job lie on its processes and nodes; see the last one.
 
-    It takes the outputs for the same reason as client_numbers: the settings already tell the ranks.
+    A run that is not trained takes fewer ranks for a client, and so more clients at once.
     """
+    processes = CONFIG.execution.processes(CONFIG.training.ranks)
     ranks = ranks_of(wildcards.scenario, wildcards.run)
-    if ranks == 1:
-        return "fedamole"
-    return f"torchrun --standalone --nproc-per-node {ranks} --module fedamole"
+    return f"--at-once {processes // ranks} --nodes {CONFIG.execution.nodes}"
 
 
 def report_table(path):

@@ -10,8 +10,8 @@ rule prepare_backbone:
     benchmark:
         f"{RESULTS}/benchmarks/prepare_backbone.tsv"
     resources:
-        mem_mb=CONFIG.execution.mem_mb,
-        runtime=CONFIG.execution.runtime,
+        mem_mb=MEM_MB,
+        runtime=240,
     params:
         settings=settings("backbone"),
     shell:
@@ -32,7 +32,7 @@ rule partition:
     benchmark:
         f"{RESULTS}/benchmarks/{{scenario}}/partition.tsv"
     resources:
-        mem_mb=CONFIG.execution.mem_mb,
+        mem_mb=MEM_MB,
         runtime=30,
     params:
         settings=settings("scenario"),
@@ -57,7 +57,7 @@ rule tokenize:
     benchmark:
         f"{RESULTS}/benchmarks/{{scenario}}/tokenize.tsv"
     resources:
-        mem_mb=CONFIG.execution.mem_mb,
+        mem_mb=MEM_MB,
         runtime=30,
     params:
         settings=settings("tokens"),

@@ -7,7 +7,7 @@ for clients, scenarios in shards():
         name:
             shard_name("evaluate_clients", clients)
         input:
-            backbone=BACKBONE,
+            backbone=naming_jobs(BACKBONE),
             tokens=rules.tokenize.output,
             pool=f"{ROUND}/pool.h5",
         output:
@@ -18,21 +18,23 @@ for clients, scenarios in shards():
             shard_file("benchmarks", "evaluate_clients", clients, "tsv")
         wildcard_constraints:
             scenario=one_of(scenarios),
-        threads: CONFIG.training.ranks * CONFIG.training.cpu_threads
+        threads: CORES
         resources:
-            mem_mb=CONFIG.execution.mem_mb,
-            runtime=CONFIG.execution.runtime,
-            gpu=CONFIG.execution.gpus,
+            **JOB_RESOURCES,
+            mem_mb=memory,
+            runtime=minutes(clients),
         params:
             settings=settings("client"),
             clients=client_numbers(clients),
-            launcher=launcher,
+            layout=layout,
+            progress=progress_of_round,
         shell:
             r"""
-            {params.launcher} evaluate-clients \
+            fedamole evaluate-clients {params.layout} \
                 --settings {params.settings:q} \
                 --round {wildcards.round} \
                 --clients {params.clients} \
+                --progress {params.progress:q} \
                 --backbone {input.backbone:q} \
                 --tokens {input.tokens:q} \
                 --pool {input.pool:q} \

@@ -36,7 +36,7 @@ for clients, scenarios in shards():
         name:
             shard_name("train_clients", clients)
         input:
-            backbone=BACKBONE,
+            backbone=naming_jobs(BACKBONE),
             tokens=rules.tokenize.output,
             pool=before("pool.h5"),
             assignment=before("assignment.h5"),
@@ -52,21 +52,23 @@ for clients, scenarios in shards():
             round=TRAINED,
         # The rounds are the longest chain; tests of averaged models fill the gaps.
         priority: 10
-        threads: CONFIG.training.ranks * CONFIG.training.cpu_threads
+        threads: CORES
         resources:
-            mem_mb=CONFIG.execution.mem_mb,
-            runtime=CONFIG.execution.runtime,
-            gpu=CONFIG.execution.gpus,
+            **JOB_RESOURCES,
+            mem_mb=memory,
+            runtime=minutes(clients),
         params:
             settings=settings("client"),
             clients=client_numbers(clients),
-            launcher=launcher,
+            layout=layout,
+            progress=progress_of_round,
         shell:
             r"""
-            {params.launcher} train-clients \
+            fedamole train-clients {params.layout} \
                 --settings {params.settings:q} \
                 --round {wildcards.round} \
                 --clients {params.clients} \
+                --progress {params.progress:q} \
                 --backbone {input.backbone:q} \
                 --tokens {input.tokens:q} \
                 --pool {input.pool:q} \

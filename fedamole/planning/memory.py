@@ -1,0 +1,207 @@
+"""Memory of a process that trains and tests clients, on a GPU and on its host (torch-free).
+
+What a pass keeps for its backward pass was measured with ``saved_tensors_hooks`` on Llama models
+with HMoLE layers; a test repeats that. The bases were read off finished jobs.
+"""
+
+import math
+from dataclasses import dataclass
+
+from fedamole.config import Config
+from fedamole.planning.model_size import ModelSize
+from fedamole.planning.volumes import FLOAT, adapters_of
+from fedamole.planning.workload import RunWork, works_of
+
+MB = 2**20
+BYTES = {"float32": 4, "bfloat16": 2}
+# Python with torch, transformers, PEFT and DeepSpeed: 0.5 GB were measured on a CPU; on a GPU its
+# libraries come on top, and on the device the context, cuBLAS and what the allocator keeps.
+CPU_BASE, GPU_HOST_BASE, GPU_BASE = 700 * MB, 2500 * MB, 1000 * MB
+# Part of the longest sequence that is an answer, at most.
+LONGEST_ANSWER = {"classification": 1 / 16, "generation": 1 / 2}
+# DeepSpeed's defaults, in parameters.
+MAX_LIVE, MAX_REUSE, PREFETCH = 1_000_000_000, 1_000_000_000, 50_000_000
+MARGIN = 1.5
+SMALLEST_MB, UNKNOWN_MB = 2000, 8000
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process at its peak, with sequences of max_length.
+
+    Attributes
+    ----------
+    weights
+        Frozen weights, and the slices of others that ZeRO-3 gathers.
+    adapters
+        Adapters with gradients, Adam's state and buffers.
+    training, testing
+        Activations and logits of the largest pass.
+    base
+        Everything else.
+    """
+
+    weights: float
+    adapters: float
+    training: float
+    testing: float
+    base: float
+
+    @property
+    def peak(self) -> float:
+        """All that is there at once."""
+        return self.weights + self.adapters + max(self.training, self.testing) + self.base
+
+
+@dataclass(frozen=True)
+class ZeRO:
+    """How DeepSpeed cuts a model: the stage, and whether parameters wait on the host."""
+
+    stage: int
+    offload: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.stage}, weights on the host" if self.offload else str(self.stage)
+
+
+def zero_of(config: Config) -> ZeRO:
+    """What the config asks for."""
+    settings = config.training.deepspeed.get("zero_optimization", {})
+    stage = config.training.zero_stage
+    return ZeRO(stage, stage == 3 and _is_offloaded(settings.get("offload_param")))
+
+
+def _is_offloaded(section: object) -> bool:
+    """Whether a section of DeepSpeed's settings names another device."""
+    return isinstance(section, dict) and section.get("device", "none") != "none"
+
+
+def gpu_memory(config: Config, size: ModelSize, zero: ZeRO, checkpointing: bool) -> Memory:
+    """Memory on the GPU of one rank.
+
+    Parameters
+    ----------
+    config, size
+        The study and its model.
+    zero
+        How the model is cut.
+    checkpointing
+        Whether activations are computed again in the backward pass.
+    """
+    return Memory(
+        weights=_weights(config, size, zero),
+        adapters=_adapters(config, size, zero),
+        training=training_bytes(config, size, checkpointing),
+        testing=testing_bytes(config, size),
+        base=GPU_BASE,
+    )
+
+
+def _weights(config: Config, size: ModelSize, zero: ZeRO) -> float:
+    """Frozen weights on the GPU of one rank."""
+    whole = size.num_parameters * BYTES[config.backbone.dtype]
+    if zero.stage < 3:
+        return whole
+    own = 0 if zero.offload else whole / config.training.ranks
+    settings = config.training.deepspeed.get("zero_optimization", {})
+    live = settings.get("stage3_max_live_parameters", MAX_LIVE)
+    # A weight stays for the backward pass if that comes back to it within the distance.
+    reused = settings.get("stage3_max_reuse_distance", MAX_REUSE) / 2
+    gathered = min(live, reused + settings.get("stage3_prefetch_bucket_size", PREFETCH))
+    return min(whole, own + gathered * BYTES[config.backbone.dtype])
+
+
+def _adapters(config: Config, size: ModelSize, zero: ZeRO) -> float:
+    """Bytes of the largest client's adapters with gradients and Adam's two moments, all float32."""
+    numbers = max(_most_adapters(config, size, work) for work in works_of(config))
+    ranks = config.training.ranks
+    weights = 1 / ranks if zero.stage == 3 else 1.0
+    gradients = 1 / ranks if zero.stage >= 2 else 1.0
+    # From stage 1 on DeepSpeed keeps a master copy, and a bucket to reduce gradients in.
+    optimizer = 3 / ranks + 1 if zero.stage else 2.0
+    return FLOAT * numbers * (weights + gradients + optimizer)
+
+
+def _most_adapters(config: Config, size: ModelSize, work: RunWork) -> int:
+    """Trainable numbers of a client with as many experts as it may hold."""
+    adapters = adapters_of(config, size, work)
+    held = min(adapters.experts, config.assignment.max_experts)
+    return (held + 1) * adapters.expert + adapters.token_proj
+
+
+def training_bytes(config: Config, size: ModelSize, checkpointing: bool) -> float:
+    """What one forward pass of one rank keeps for its backward pass, logits included."""
+    sequences, length = config.training.sequences_per_pass, _longest(config)
+    layers = size.num_decoder_layers
+    everything = activation_bytes(config, size)
+    if checkpointing:
+        # The input of every layer, and one layer at a time as without.
+        everything = everything / layers + layers * size.hidden_size * BYTES[config.backbone.dtype]
+    return sequences * length * everything + _logits(config, size, sequences)
+
+
+def activation_bytes(config: Config, size: ModelSize) -> float:
+    """Bytes that all layers keep of one token for the backward pass of a frozen model.
+
+    A linear layer keeps nothing, but what uses its output does; the gated product of the MLP is one
+    more of its width. Both norms keep the residual stream in float32. An HMoLE layer keeps a few
+    numbers for every expert.
+    """
+    outputs = sum(layer.out_features for layer in size.layers)
+    middle = max((layer.out_features for layer in size.layers), default=0)
+    kept = BYTES[config.backbone.dtype] * (outputs + size.num_decoder_layers * middle)
+    norms = 2 * FLOAT * size.num_decoder_layers * size.hidden_size
+    experts = config.assignment.max_experts + 1
+    adapted = len(size.adapted(config.adapter.target_modules))
+    return kept + norms + FLOAT * adapted * experts * (2 * config.adapter.rank + 2)
+
+
+def testing_bytes(config: Config, size: ModelSize) -> float:
+    """Largest of the passes without gradients: losses of whole sequences, or generation."""
+    sequences, length = config.evaluation.batch_size, _longest(config)
+    width = BYTES[config.backbone.dtype]
+    # One layer after another.
+    layer = sequences * length * activation_bytes(config, size) / size.num_decoder_layers
+    cached = length + config.evaluation.max_new_tokens
+    cache = sequences * cached * size.num_decoder_layers * size.key_value_width * width
+    return layer + max(_logits(config, size, sequences), cache)
+
+
+def _logits(config: Config, size: ModelSize, sequences: int) -> float:
+    """Bytes of logits, and of two more copies in float32, where an answer is predicted."""
+    positions = max(
+        scenario.max_length * LONGEST_ANSWER[scenario.dataset.task] for scenario in config.scenarios
+    )
+    each = size.vocab_size * (BYTES[config.backbone.dtype] + 2 * FLOAT)
+    return sequences * positions * each
+
+
+def _longest(config: Config) -> int:
+    """Longest sequence of the study, in tokens."""
+    return max(scenario.max_length for scenario in config.scenarios)
+
+
+def job_memory_mb(config: Config, size: ModelSize | None) -> int:
+    """Memory per node that a job which trains or tests clients should ask for, in MB.
+
+    Half as much again as is expected; 8000 if the size of the model is unknown.
+    """
+    if size is None:
+        return UNKNOWN_MB
+    execution = config.execution
+    here = execution.processes(config.training.ranks) / execution.nodes
+    needed = MARGIN * here * host_bytes(config, size) / MB
+    return max(SMALLEST_MB, 100 * math.ceil(needed / 100))
+
+
+def host_bytes(config: Config, size: ModelSize) -> float:
+    """Bytes of one process on its host: of all there is on a CPU, of the loaded model for a GPU."""
+    zero, whole = zero_of(config), size.num_parameters * BYTES[config.backbone.dtype]
+    # Every rank loads the whole model; ZeRO-3 then cuts its own slice out of it.
+    sliced = whole / config.training.ranks if zero.stage == 3 else 0.0
+    adapters = _adapters(config, size, zero)
+    if config.execution.gpus:
+        return GPU_HOST_BASE + whole + (sliced + adapters if zero.offload else 0.0)
+    training = training_bytes(config, size, config.backbone.gradient_checkpointing)
+    passes = max(training, testing_bytes(config, size))
+    return CPU_BASE + whole + sliced + adapters + passes

@@ -1,0 +1,183 @@
+"""How far the clients of a round are: what each is doing, and the files of those that are done.
+
+A job of several clients may die when some of them are finished, and Snakemake then removes its
+outputs. So each client's files first appear here, in a folder of the round that is no output, and
+move to their places when all clients of the job are done. A retry finds them, and checks by their
+headers that they are what it would compute.
+
+Beside them lies a small record of every client, which says where and since when it runs, how long
+it took, or why it failed: for people and for ``fedamole status``. No result depends on it.
+"""
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from fedamole.artifacts import canonical, replacing
+from fedamole.errors import FedamoleError
+
+Work = Literal["train", "test"]
+State = Literal["running", "done", "failed"]
+
+
+@dataclass(frozen=True)
+class ClientProgress:
+    """What one client is doing in one round.
+
+    Attributes
+    ----------
+    work
+        ``train`` (train-clients) or ``test`` (evaluate-clients).
+    client
+        Index of the client.
+    state
+        ``running``: began and has not ended; whether its job still lives, only the scheduler knows.
+    started
+        Seconds since 1970.
+    seconds
+        What it took; None while it runs.
+    host, process, job
+        Where: host name, process number, and SLURM job, None outside SLURM.
+    error
+        Why it failed, in one line.
+    """
+
+    work: Work
+    client: int
+    state: State
+    started: float
+    seconds: float | None = None
+    host: str = ""
+    process: int = 0
+    job: int | None = None
+    error: str | None = None
+
+
+class RoundProgress:
+    """The progress of one round of one run, in a folder.
+
+    Parameters
+    ----------
+    folder
+        Folder of the round; made when something is written.
+    work
+        What the job does with its clients.
+    """
+
+    def __init__(self, folder: Path, work: Work) -> None:
+        self.folder = folder
+        self.work = work
+
+    def kept(self, output: Path) -> Path:
+        """Where the file of a finished client waits for the others of its job."""
+        return self.folder / output.name
+
+    def start(self, client: int) -> ClientProgress:
+        """Say that a client begins."""
+        job = os.environ.get("SLURM_JOB_ID", "")
+        now = ClientProgress(
+            work=self.work,
+            client=client,
+            state="running",
+            started=round(time.time(), 1),
+            host=socket.gethostname(),
+            process=os.getpid(),
+            job=int(job) if job.isdigit() else None,
+        )
+        return self._write(now)
+
+    def end(self, began: ClientProgress, error: str | None = None) -> ClientProgress:
+        """Say that a client is done, or why it failed."""
+        return self._write(
+            ClientProgress(
+                **{
+                    **asdict(began),
+                    "state": "failed" if error else "done",
+                    "seconds": round(time.time() - began.started, 1),
+                    "error": error,
+                }
+            )
+        )
+
+    def _write(self, progress: ClientProgress) -> ClientProgress:
+        path = self.folder / f"{progress.work}_{progress.client:03d}.json"
+        with replacing(path) as scratch:
+            scratch.write_text(canonical(asdict(progress)) + "\n", encoding="utf-8")
+        return progress
+
+    def finished(
+        self, outputs: Mapping[int, list[Path]], is_current: Callable[[Path], bool]
+    ) -> set[int]:
+        """Clients of an earlier attempt whose files are all here and are what is wanted.
+
+        Parameters
+        ----------
+        outputs
+            Client -> the files it has to write.
+        is_current
+            Whether a file exists and was made from the inputs of this job.
+        """
+        if self.folder.is_dir():
+            # Asks a network file system for the names that are there by now.
+            list(self.folder.iterdir())
+        return {
+            client
+            for client, paths in outputs.items()
+            if all(is_current(self.kept(path)) or is_current(path) for path in paths)
+        }
+
+    def publish(
+        self, outputs: Mapping[int, list[Path]], is_current: Callable[[Path], bool]
+    ) -> None:
+        """Give the files of all clients of the job their places, and forget them here.
+
+        They are linked first and removed at the end: a job killed while it links loses none. A file
+        that is in its place already comes from a copy of this job on a node that SLURM had given
+        up; it stays as it is, since what follows may have read it.
+
+        Parameters
+        ----------
+        outputs, is_current
+            See :meth:`finished`.
+        """
+        paths = [path for files in outputs.values() for path in files]
+        for path in paths:
+            if is_current(path):
+                continue
+            with replacing(path) as scratch:
+                try:
+                    os.link(self.kept(path), scratch)
+                except OSError:
+                    # File systems without hard links.
+                    shutil.copyfile(self.kept(path), scratch)
+                # Newer than every input, also where an earlier attempt made it.
+                os.utime(scratch)
+        for path in paths:
+            self.kept(path).unlink(missing_ok=True)
+
+
+def read_progress(folder: Path) -> list[ClientProgress]:
+    """Read what the clients of a round are doing, ordered by work and client.
+
+    Raises
+    ------
+    FedamoleError
+        If a record is none of fedamole's.
+    """
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        if not path.name.startswith(("train_", "test_")):
+            continue
+        try:
+            found.append(ClientProgress(**json.loads(path.read_text(encoding="utf-8"))))
+        except FileNotFoundError:
+            continue
+        except (ValueError, TypeError) as error:
+            raise FedamoleError(f"{path}: is no record of a client's progress ({error})") from error
+    return found

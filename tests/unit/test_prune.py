@@ -1,0 +1,156 @@
+"""Which files of a finished study may go."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedamole import stages
+from fedamole.artifacts import Header, canonical
+from fedamole.cli import main
+from fedamole.cli.prune import old_files
+from fedamole.config import Config, load_config, read_yaml
+from fedamole.planning.workload import works_of
+from fedamole.registry import lookup
+
+SLUG = "chatterbot-dir0.5-s42"
+
+
+def study(configs: Path, folder: Path, **changes: Any) -> Config:
+    """The smoke study of six rounds, with results in a folder."""
+    raw = {**read_yaml(configs / "smoke.yaml"), "rounds": 6, "results": str(folder), **changes}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return load_config(raw, configs)
+
+
+def make_rounds(config: Config) -> dict[str, set[str]]:
+    """Files of all rounds as the workflow makes them; run -> round/file."""
+    made: dict[str, set[str]] = {}
+    for work in works_of(config):
+        files = {"000/pool.h5", "000/assignment.h5"}
+        for round_ in range(1, config.rounds + 1) if work.trains else ():
+            names = [f"client_{client:03d}.h5" for client in range(3)]
+            names += [f"metrics_{client:03d}.json" for client in range(3)]
+            names += ["pool.h5"] * (round_ <= work.aggregations(config.rounds))
+            names += ["assignment.h5"] * (round_ < config.rounds)
+            files |= {f"{round_:03d}/{name}" for name in names}
+        for file in files:
+            path = Path(config.results, "runs", SLUG, work.run, f"round_{file}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"0" * 2**18)
+        made[work.run] = files
+    return made
+
+
+def there(config: Config) -> dict[str, set[str]]:
+    """Files of all rounds that are there; run -> round/file."""
+    runs = Path(config.results, "runs", SLUG)
+    return {
+        run.name: {str(path.relative_to(run))[len("round_") :] for path in run.glob("*/*")}
+        for run in runs.iterdir()
+    }
+
+
+def write_metrics(config: Config, method: str) -> None:
+    """A metrics file of a finished run."""
+    row = lookup(method)
+    digest = stages.digest(stages.client_stage(config, SLUG, row.run))
+    rounds = range(1, config.rounds + 1) if row.trains else [0]
+    numbers = {"eval_loss": 1.0, "score": 0.5, "num_train": 3, "num_eval": 3, "num_test": 3}
+    numbers |= dict.fromkeys(("train_loss_first", "train_loss_last", "steps"), None)
+    assignment = {"modules": ["q"], "num_experts": 1, "holders": [[[0]]], "objective": [1.0]}
+    lines: list[dict[str, Any]] = [
+        {"header": json.loads(Header("metrics-table", digest).to_json())},
+        {"record": "run", "scenario": SLUG, "seed": 42, "method": method, "metric": "rouge_l"}
+        | {"clients": 3, "rounds": max(rounds), "evaluated": row.evaluated},
+        {"record": "partition", "classes": ["a"], "counts": [[3], [3], [3]]},
+    ]
+    for round_ in rounds:
+        lines += [{"record": "client", "round": round_, "client": k, **numbers} for k in range(3)]
+        lines += [{"record": "assignment", "round": round_, **assignment}] * row.assigns
+    path = Path(config.results, "metrics", SLUG, f"{method}.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(canonical(line) + "\n" for line in lines))
+
+
+def prune(config: Config, *arguments: str) -> int:
+    """Run the command on the study."""
+    return main(["prune", "--configfile", f"{config.results}/config.json", *arguments])
+
+
+def finished(configs: Path, folder: Path, **changes: Any) -> Config:
+    config = study(configs, folder, **changes)
+    for method in config.methods:
+        write_metrics(config, method)
+    return config
+
+
+def test_the_newest_rounds_stay_with_the_pool_they_started_from(
+    configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = finished(configs, tmp_path)
+    made = make_rounds(config)
+    assert prune(config, "--keep", "2") == 0
+    clients = [f"client_{client:03d}.h5" for client in range(3)]
+    old = {f"{round_:03d}/{name}" for round_ in (1, 2, 3, 4) for name in clients}
+    # Rounds 5 and 6 stay; round 5 started from pool 4, round 0 is where all began.
+    old |= {f"{round_:03d}/pool.h5" for round_ in (1, 2, 3)}
+    left = there(config)
+    assert made["fedamole"] - left["fedamole"] == old
+    assert made["fedit"] - left["fedit"] == old
+    assert made["zero-shot"] == left["zero-shot"]
+    # 15 files of 256 KiB each.
+    text = capsys.readouterr().out
+    assert f"{SLUG} fedamole: freed 3.8 MiB, 15 files" in text
+    assert "together: freed 7.5 MiB" in text
+
+
+def test_a_dry_run_deletes_nothing(
+    configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = finished(configs, tmp_path)
+    made = make_rounds(config)
+    assert prune(config, "--keep", "last", "--dry-run") == 0
+    assert there(config) == made
+    # Uploads of five rounds and pools 1 to 4, of two runs.
+    assert "together: would free 9.5 MiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("keep", [6, 7, 1000])
+def test_nothing_goes_if_all_rounds_are_kept(keep: int, configs: Path, tmp_path: Path) -> None:
+    config = study(configs, tmp_path)
+    make_rounds(config)
+    for work in works_of(config):
+        assert not list(old_files(config, SLUG, work, keep))
+
+
+@pytest.mark.parametrize("keep", ["0", "-1", "all", "1.5", "\u0663"])
+def test_keep_is_a_number_of_rounds(
+    keep: str, configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = finished(configs, tmp_path)
+    made = make_rounds(config)
+    assert prune(config, f"--keep={keep}") == 2
+    assert "must be last, or a number of rounds from 1 on" in capsys.readouterr().err
+    assert there(config) == made
+
+
+def test_a_study_of_other_settings_is_not_pruned(
+    configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_rounds(finished(configs, tmp_path))
+    config = study(configs, tmp_path, training={"steps": 5})
+    assert prune(config, "--keep", "last") == 2
+    assert "was made with other settings" in capsys.readouterr().err
+    assert there(config) == made
+
+
+def test_what_is_no_round_of_the_study_stays(configs: Path, tmp_path: Path) -> None:
+    # FedAMoLE was a row of the study before.
+    make_rounds(study(configs, tmp_path))
+    config = finished(configs, tmp_path, methods=["fedit-ft"], tables={"reference": "fedit-ft"})
+    before = there(config)
+    assert prune(config, "--keep", "last") == 0
+    assert there(config)["fedamole"] == before["fedamole"]
+    assert there(config)["fedit"] < before["fedit"]
