@@ -46,8 +46,7 @@ test: install ## run the tests
 
 test-cluster: install ## start a SLURM on this machine (as root, Debian) and run studies on it
 	@$(CLUSTER) install
-	@$(CLUSTER) start
-	@trap '$(CLUSTER) stop' EXIT; \
+	@trap '$(CLUSTER) stop' EXIT; $(CLUSTER) start && export FEDAMOLE_TEST_CLUSTER=1 && \
 		pytest tests/cluster -m "not alone" -n 2 --dist loadgroup $(PYTEST_ARGS) \
 		&& pytest tests/cluster -m alone -n 0 $(PYTEST_ARGS)
 
@@ -64,8 +63,7 @@ check: install ## lint, types, formats, and a dry run of every config
 
 bench-cluster: install ## what SLURM costs, on the cluster of test-cluster
 	@$(CLUSTER) install
-	@$(CLUSTER) start
-	@trap '$(CLUSTER) stop' EXIT; python benchmarks/cluster.py
+	@trap '$(CLUSTER) stop' EXIT; $(CLUSTER) start && python benchmarks/cluster.py
 
 bench: install ## ratios against PEFT LoRA and the frozen backbone
 	@python benchmarks/layer.py

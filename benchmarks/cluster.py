@@ -1,8 +1,8 @@
 """What SLURM costs: wall time of the ways to cut rounds into jobs, on the test cluster.
 
 Start the cluster first (``tests/cluster/slurm_cluster.sh start``), or call ``make bench-cluster``.
-Prints one line per way: wall time, SLURM jobs, seconds in which clients were trained and tested,
-and what every round cost beyond that.
+Prints one line per way. Snakemake asks SLURM every second here; on a shared cluster it does so every
+20 to 180 seconds, and every round waits for that.
 """
 
 import argparse
@@ -60,7 +60,14 @@ def prepare(study: Study) -> None:
 
 
 def run(study: Study) -> dict[str, float]:
-    """Run a prepared study; give seconds, jobs, seconds of work and of overhead per job."""
+    """Run a prepared study.
+
+    Returns
+    -------
+    dict
+        Seconds of wall time, jobs, seconds of work summed over clients, and seconds in which no
+        client was worked on.
+    """
     began = time.monotonic()
     done = subprocess.run(
         study.command("--quiet", "rules"), capture_output=True, text=True, env=environment()
@@ -68,10 +75,26 @@ def run(study: Study) -> dict[str, float]:
     wall = time.monotonic() - began
     if done.returncode:
         sys.exit(done.stdout + done.stderr + study.logs())
-    said = done.stdout + done.stderr
-    folders = study.results.glob("progress/*/*/*")
-    work = sum(item.seconds or 0 for folder in folders for item in read_progress(folder))
-    return {"wall": wall, "jobs": said.count("submitted with SLURM jobid"), "work": work}
+    clients = [
+        (item.started, item.started + (item.seconds or 0))
+        for folder in study.results.glob("progress/*/*/*")
+        for item in read_progress(folder)
+    ]
+    return {
+        "wall": wall,
+        "jobs": (done.stdout + done.stderr).count("submitted with SLURM jobid"),
+        "work": sum(end - start for start, end in clients),
+        "idle": wall - covered(clients),
+    }
+
+
+def covered(intervals: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def main() -> None:
@@ -92,13 +115,15 @@ def main() -> None:
                 found[way].append(run(study))
                 print(".", end="", flush=True, file=sys.stderr)
     print(f"\n{args.rounds} rounds x {args.clients} clients x {args.steps} steps, smoke model")
-    print(f"{'way':38} {'wall s':>8} {'jobs':>5} {'clients s':>10} {'other s/round':>14}")
+    print("wall: all rounds; clients: summed over them; idle: no client was worked on")
+    print(
+        f"{'way':38} {'wall s':>8} {'jobs':>5} {'clients s':>10} {'idle s':>8} {'idle s/job':>11}"
+    )
     for way, runs in found.items():
-        best = sorted(runs, key=lambda one: one["wall"])[len(runs) // 2]
-        other = (best["wall"] - best["work"]) / args.rounds
-        print(
-            f"{way:38} {best['wall']:8.1f} {best['jobs']:5.0f} {best['work']:10.1f} {other:14.1f}"
-        )
+        middle = sorted(runs, key=lambda one: one["wall"])[len(runs) // 2]
+        wall, jobs, work, idle = (middle[key] for key in ("wall", "jobs", "work", "idle"))
+        each = f"{idle / jobs:11.1f}" if jobs else ""
+        print(f"{way:38} {wall:8.1f} {jobs:5.0f} {work:10.1f} {idle:8.1f} {each}")
 
 
 if __name__ == "__main__":

@@ -145,7 +145,8 @@ def test_the_ranks_of_a_client_sat_on_two_nodes(tmp_path: Path) -> None:
     code = (
         "from fedamole.launching import *; from fedamole.launching import seat; import os, json;"
         "s = seat(Layout(ranks=4, nodes=2));"
-        "print(json.dumps([os.environ['SLURMD_NODENAME'], s.rank, s.local_number]))"
+        "gpus = os.environ['CUDA_VISIBLE_DEVICES'];"
+        "print(json.dumps([os.environ['SLURMD_NODENAME'], s.rank, s.local_number, gpus]))"
     )
 
     launch = (
@@ -154,13 +155,15 @@ def test_the_ranks_of_a_client_sat_on_two_nodes(tmp_path: Path) -> None:
     )
 
     done = subprocess.run(
-        [*ALLOCATION, "python", "-c", launch],
+        [*ALLOCATION, "--gres=gpu:2", "python", "-c", launch],
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
     seats = sorted((json.loads(line) for line in done.stdout.splitlines()), key=lambda s: s[1])
-    nodes = [node for node, _, _ in seats]
+    nodes = [node for node, *_ in seats]
     assert nodes[0] == nodes[1] != nodes[2] == nodes[3]
-    assert [local for _, _, local in seats] == [0, 1, 0, 1]
+    assert [local for _, _, local, _ in seats] == [0, 1, 0, 1]
+    # Every rank sees the GPUs of its node; its local number chooses.
+    assert {gpus for *_, gpus in seats} == {"0,1"}
