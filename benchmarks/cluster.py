@@ -1,8 +1,8 @@
 """What SLURM costs: wall time of the ways to cut rounds into jobs, on the test cluster.
 
 Start the cluster first (``tests/cluster/slurm_cluster.sh start``), or call ``make bench-cluster``.
-Prints one line per way. Snakemake asks SLURM every second here; on a shared cluster it does so every
-20 to 180 seconds, and every round waits for that.
+Prints one line per way. Snakemake asks SLURM every second here; on a shared cluster every 20 to 180
+seconds, and every round waits for that.
 """
 
 import argparse

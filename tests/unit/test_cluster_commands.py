@@ -1,0 +1,270 @@
+"""What fedamole makes of SLURM's words, and of a Snakemake that is or is not at work.
+
+SLURM is a script here that prints what it is told; tests/cluster has a real one.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedamole import head, launching, owner, slurm
+from fedamole.cli import main
+from fedamole.errors import FedamoleError
+from fedamole.progress import RoundProgress, read_progress
+from fedamole.snakemake_profile import read_profile, unquoted
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+class FakeSlurm:
+    """squeue and scancel that keep a list of jobs in a file."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.queue, self.calls = folder / "queue", folder / "calls"
+        self.queue.write_text("")
+        self.calls.write_text("")
+        commands = {
+            "squeue": f"cat {self.queue}",
+            # Like SLURM's, it forgets a pending job at once.
+            "scancel": f'echo "$@" >> {self.calls}; for job; do '
+            f'sed -i "/^$job|PENDING|/d" {self.queue}; done',
+        }
+        for name, text in commands.items():
+            path = folder / "bin" / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"#!/bin/sh\n{text}\n")
+            path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+
+    def add(self, number: str, state: str, name: str, comment: str = "(null)") -> None:
+        line = f"{number}|{state}|1:00|n1|/work|{name}|{comment}\n"
+        self.queue.write_text(self.queue.read_text() + line)
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    return FakeSlurm(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    return tmp_path / "results"
+
+
+def test_jobs_of_a_study_are_found_among_others(fake: FakeSlurm, results: Path) -> None:
+    tag = slurm.study_tag(results)
+    fake.add("7", "SUSPENDED", f"{tag}_1234", "rule_train_clients_wildcards_a|b_c_001")
+    fake.add("8", "RUNNING", f"{slurm.study_tag(results / 'other')}_1234")
+    fake.add("9", "COMPLETED", f"{tag}_1234")
+    fake.add("10", "RUNNING", f"{tag}-head")
+    [job] = slurm.jobs_of_study(results)
+    assert (job.id, job.state, job.comment) == (7, "SUSPENDED", fake_comment(fake))
+
+
+def fake_comment(fake: FakeSlurm) -> str:
+    return fake.queue.read_text().splitlines()[0].split("|", 6)[6]
+
+
+def test_two_results_folders_of_one_name_have_two_tags(tmp_path: Path) -> None:
+    one, other = slurm.study_tag(tmp_path / "a/demo"), slurm.study_tag(tmp_path / "b/demo")
+    assert one != other and one.startswith("fedamole-demo-")
+    # What the plugin allows in the name of a job.
+    long = slurm.study_tag(tmp_path / ("long name with spaces" * 9))
+    assert len(long) <= 50 and set(long) <= set("-abcdefghijklmnopqrstuvwxyz0123456789")
+
+
+def test_a_head_waits_for_running_jobs_and_cancels_waiting_ones(
+    fake: FakeSlurm, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tag = slurm.study_tag(results)
+    fake.add("7", "PENDING", f"{tag}_1")
+    fake.add("8", "RUNNING", f"{tag}_1")
+    waited = []
+
+    def end_job(seconds: float) -> None:
+        # Python itself sleeps for milliseconds while it waits for squeue.
+        waited.extend([seconds] * (seconds >= 1))
+        if len(waited) == 2:
+            fake.queue.write_text("")
+
+    monkeypatch.setattr(time, "sleep", end_job)
+    head.wait_for_jobs(results)
+    assert len(waited) == 2
+    # One that has begun between question and answer must not be hit.
+    assert fake.calls.read_text() == "--state=PENDING 7\n"
+
+
+def test_a_host_without_slurm_is_no_reason_to_wait(
+    monkeypatch: pytest.MonkeyPatch, results: Path
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(FedamoleError, match="squeue: is not on this machine"):
+        head.wait_for_jobs(results)
+
+
+def test_cancel_kills_the_head_before_its_jobs(
+    fake: FakeSlurm, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tag = slurm.study_tag(results)
+    fake.add("5", "RUNNING", f"{tag}-head")
+    fake.add("6", "PENDING", f"{tag}_1")
+    head.head_file(results).parent.mkdir(parents=True)
+    head.head_file(results).write_text(json.dumps({"job": 5}))
+
+    def go_on(seconds: float) -> None:
+        lines = fake.queue.read_text().splitlines(keepends=True)
+        fake.queue.write_text("".join(line for line in lines if not line.startswith("5|")))
+
+    monkeypatch.setattr(time, "sleep", go_on)
+    assert head.cancel_study(results) == [5, 6]
+    assert fake.calls.read_text().splitlines() == ["--signal=KILL --full 5", "6"]
+
+
+def test_a_checkpoint_ends_snakemake_and_takes_its_lock(tmp_path: Path) -> None:
+    job = head.Head(["--configfile", "x"], tmp_path, tmp_path / "results")
+    job._process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    again = job.checkpoint().function
+    assert job._process.wait(10) == -signal.SIGKILL
+    assert again.unlocks and again.arguments == job.arguments
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_snakemake_at_work_keeps_a_head_out(fake: FakeSlurm, results: Path, alive: bool) -> None:
+    code = f"from fedamole.owner import *; claim(Path({str(results)!r})); import time; "
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{code} print('ready', flush=True); time.sleep(60)", "snakemake"],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+        if alive:
+            with pytest.raises(FedamoleError, match=f"at work here, process {process.pid}"):
+                owner.was_left_by_a_dead_one(results, takes_over=True)
+        process.kill()
+        process.wait()
+    assert owner.was_left_by_a_dead_one(results, takes_over=False)
+    owner.release(results)
+    assert not owner.was_left_by_a_dead_one(results, takes_over=False)
+
+
+def test_a_snakemake_on_another_host_is_believed_to_live(
+    fake: FakeSlurm, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner.claim(results)
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    with pytest.raises(FedamoleError, match="if it is gone for sure, add --head-takes-over"):
+        owner.was_left_by_a_dead_one(results, takes_over=False)
+    assert owner.was_left_by_a_dead_one(results, takes_over=True)
+
+
+def test_a_head_in_the_queue_is_at_work(
+    fake: FakeSlurm, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(owner.HEAD_JOB, "5")
+    owner.claim(results)
+    assert owner.was_left_by_a_dead_one(results, takes_over=False)
+    fake.add("5", "RUNNING", "head")
+    with pytest.raises(FedamoleError, match="Snakemake is at work, in job 5"):
+        owner.was_left_by_a_dead_one(results, takes_over=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-n"], "a dry run needs no job"),
+        (["--directory", "x"], "--directory is not allowed; call it from that folder"),
+        (["--config", "rounds=2"], "one --configfile and no --config are allowed"),
+        (["--configfile", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["--profile", "nowhere"], "--profile nowhere: is no file and no folder"),
+        ([], "slurm/config.yaml: default-resources: slurm_account is CHANGE_ME"),
+    ],
+)
+def test_submit_refuses_in_one_line_before_anything_is_queued(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    given = ["--configfile", "configs/smoke.yaml"] if "--configfile" not in arguments else []
+    assert main(["submit", *given, *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
+
+
+def test_unknown_arguments_of_other_commands_are_still_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["status", "--jobs", "5"])
+    assert ended.value.code == 2 and "unrecognized arguments: --jobs 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resources", [["slurm_partition='all'", "max_runtime=90"], None])
+def test_a_profile_is_read_as_snakemake_reads_it(
+    tmp_path: Path, resources: list[str] | None
+) -> None:
+    given = resources or {"slurm_partition": "'all'", "max_runtime": 90}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"default-resources": given}))
+    profile = read_profile(tmp_path / "config.yaml")
+    assert profile.text("slurm_partition") == "all" and profile.number("max_runtime") == 90
+    assert profile.text("qos") is None
+    assert unquoted('"a100"') == "a100" and unquoted("it's") == "it's"
+
+
+def outputs(folder: Path) -> dict[int, list[Path]]:
+    return {k: [folder / f"client_{k}.h5", folder / f"metrics_{k}.json"] for k in (0, 1)}
+
+
+def is_current(path: Path) -> bool:
+    return path.is_file() and path.read_text() == "right"
+
+
+def test_two_copies_of_a_job_publish_once(tmp_path: Path) -> None:
+    """SLURM starts a job anew whose node is silent; the first copy may still be at work there."""
+    progress, files = RoundProgress(tmp_path / "progress", "train"), outputs(tmp_path / "out")
+    progress.folder.mkdir()
+    for path in (path for paths in files.values() for path in paths):
+        progress.kept(path).write_text("right")
+    assert progress.finished(files, is_current) == {0, 1}
+    progress.publish(files, is_current)
+    times = {path: path.stat().st_mtime_ns for paths in files.values() for path in paths}
+    assert progress.finished(files, is_current) == {0, 1}
+    # The other copy: nothing is kept any more, everything is in its place.
+    progress.publish(files, is_current)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert not [*progress.folder.iterdir()]
+
+
+def test_a_client_is_done_only_with_all_its_files(tmp_path: Path) -> None:
+    progress, files = RoundProgress(tmp_path, "train"), outputs(tmp_path / "out")
+    progress.kept(files[0][0]).write_text("right")
+    progress.kept(files[1][0]).write_text("right")
+    progress.kept(files[1][1]).write_text("of other settings")
+    assert progress.finished(files, is_current) == set()
+
+
+def test_progress_says_where_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    progress = RoundProgress(tmp_path, "test")
+    progress.end(progress.start(3), "no space left")
+    progress.start(4)
+    failed, running = read_progress(tmp_path)
+    assert (failed.client, failed.state, failed.error) == (3, "failed", "no space left")
+    assert (running.state, running.job, running.process) == ("running", 77, os.getpid())
+    (tmp_path / "train_000.json").write_text("{")
+    with pytest.raises(FedamoleError, match="train_000.json: is no record of a client's progress"):
+        read_progress(tmp_path)
+
+
+def test_workers_get_their_own_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    found = launching._environment(launching.Layout(lanes=4, cpu_threads=2), "here")
+    assert {found[f"{name}_NUM_THREADS"] for name in ("OMP", "MKL", "OPENBLAS")} == {"2"}
