@@ -12,28 +12,16 @@ from importlib import import_module
 from fedamole import __version__
 from fedamole.errors import FedamoleError
 
+# Those of the workflow, then those for people.
 MODULES = (
-    "backbone",
-    "data",
-    "init_server",
-    "clients",
-    "server",
-    "gather",
-    "results",
-    "show",
-    "plan",
-    "status",
-    "submit",
-    "prune",
-    "pool",
-    "schema",
-    "doctor",
+    *("backbone", "data", "init_server", "clients", "server", "gather", "results"),
+    *("show", "plan", "doctor", "submit", "status", "prune", "pool", "schema"),
 )
 
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 # Commands whose output a person may cut short, for example with `| head`.
-FOR_PEOPLE = ("show", "plan", "prune", "status", "pool", "schema", "doctor")
+FOR_PEOPLE = ("show", "plan", "doctor", "submit", "cancel", "status", "prune", "pool", "schema")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fedamole",
         description="Federated fine-tuning of language models with a mixture of LoRA experts. "
-        "The workflow calls most of these commands; `pool`, `show` and `schema` are for people.",
+        "The workflow calls the commands down to `figures`; the others are for people.",
     )
     parser.add_argument("--version", action="version", version=f"fedamole {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="subcommand")

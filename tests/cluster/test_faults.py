@@ -218,15 +218,14 @@ def test_a_client_that_fails_for_good(
 
 
 def test_a_head_job_that_runs_into_its_limit_comes_back(tmp_path: Path, undisturbed: Study) -> None:
-    study = slow_study(tmp_path / "study", execution={"clients_per_job": 1})
-    study.command()  # Writes config and profile.
+    study = slow_study(tmp_path / "study", execution={"clients_per_job": 2})
     arguments = ["--configfile", "config.yaml", "--snakefile", str(study.snakefile)]
     arguments += ["--jobs", "1"]
-    # One job at a time: four clients take longer than the minute of the head.
+    # One job at a time: together they take longer than the head has.
     study.config["training"] = {**study.config["training"], "steps": 600}
     local = Study(tmp_path / "local", study.config)
     local.folder.mkdir()
-    study.command()
+    study.command()  # Writes config and profile.
     with subprocess.Popen(local.command("--quiet", "all")) as beside:
         short = ("--head-minutes", "1")
         done = study.fedamole("submit", *short, *arguments, FEDAMOLE_HEAD_POLL_S="1")
@@ -237,16 +236,38 @@ def test_a_head_job_that_runs_into_its_limit_comes_back(tmp_path: Path, undistur
     assert f"head job {head['job']} runs: snakemake --profile slurm" in done.stdout
     assert again.returncode == 2 and f"has a head already, job {head['job']}" in again.stderr
 
-    def ended() -> bool:
-        states = slurm("squeue", "-h", "-t", "all", "-j", str(head["job"]), "-o", "%T")
-        return states in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
-
-    wait_for(ended, 400)
+    wait_for(lambda: has_ended(head["job"]), 400)
     log = (study.folder / head["log"]).read_text()
     wait_for(lambda: accounted(head["job"], "State") == ["COMPLETED"], 30)
-    assert "an earlier head was cut short: removing its lock" in log
+    assert "an earlier Snakemake was cut short: removing its lock" in log
     check(study, local)
-    assert len(submitted(log)) == 4, "no client was trained twice"
+    assert len(submitted(log)) == 2, "no client was trained twice"
+
+
+def has_ended(job: int) -> bool:
+    """Whether a job will not run again."""
+    state = slurm("squeue", "-h", "-t", "all", "-j", str(job), "-o", "%T")
+    return state in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
+
+
+@pytest.mark.xdist_group("spare")
+def test_a_head_job_that_is_preempted(tmp_path: Path, undisturbed: Study) -> None:
+    study = slow_study(tmp_path / "study")
+    study.command()  # Writes config and profile.
+    arguments = ["--configfile", "config.yaml", "--snakefile", str(study.snakefile)]
+    partition = ("--head-partition", "scavenger")
+    done = study.fedamole("submit", *partition, *arguments, FEDAMOLE_HEAD_POLL_S="1")
+    assert done.returncode == 0, done.stderr
+    head = json.loads((study.results / "progress/head.json").read_text())
+    study.wait_for_clients(1)
+    with recovery("preemption of the head"):
+        slurm("srun", "-p", "spare", "-N", "2", "--exclusive", "sleep", "3")
+        wait_for(lambda: has_ended(head["job"]), 240)
+    log = (study.folder / head["log"]).read_text()
+    wait_for(lambda: accounted(head["job"], "State") == ["COMPLETED"], 30)
+    assert restarts(head["job"]) == 1
+    check(study, undisturbed)
+    assert len(submitted(log)) == 1, "its job went on, and was not trained again"
 
 
 def test_cancel_ends_the_head_and_its_jobs(tmp_path: Path) -> None:

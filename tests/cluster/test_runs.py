@@ -41,11 +41,8 @@ def differing(study: Study, other: Study) -> list[str]:
     return [name for name in expected if expected[name] != found[name]]
 
 
-@pytest.mark.parametrize("clients_per_job", ["all", 1])
-def test_the_profile_gives_the_bytes_of_a_local_run(
-    smoke: Study, tmp_path: Path, clients_per_job: int | str
-) -> None:
-    study = smoke_study(tmp_path / "study", execution={"clients_per_job": clients_per_job})
+def test_the_profile_gives_the_bytes_of_a_local_run(smoke: Study, tmp_path: Path) -> None:
+    study = smoke_study(tmp_path / "study")
     process = study.start()
     wait_for(study.jobs)
     # What a person sees in the queue: the study, then what each job does.
@@ -54,12 +51,11 @@ def test_the_profile_gives_the_bytes_of_a_local_run(
     assert differing(study, smoke) == []
     assert job.name.startswith("fedamole-results-")
     rule = "evaluate_clients" if "evaluate" in job.comment else "train_clients"
-    clients = "_000_002" if clients_per_job == "all" else ""
-    assert job.comment.startswith(f"rule_{rule}{clients}_wildcards_")
+    assert job.comment.startswith(f"rule_{rule}_000_002_wildcards_")
     assert "chatterbot-dir0.5-s42" in job.comment
     # Two runs of two rounds, and tests of FedIT's two averages and of the backbone. Nothing else
     # went to the queue.
-    assert len(submitted(study.said())) == 7 * (1 if clients_per_job == "all" else 3)
+    assert len(submitted(study.said())) == 7
 
 
 def test_the_demo_scaled_down(tmp_path: Path) -> None:
@@ -88,7 +84,6 @@ def test_the_demo_scaled_down(tmp_path: Path) -> None:
     [
         ({"clients_at_once": 3, "nodes": 3, "gpus": 3}, 1, "gres", "gres/gpu=3,node=3"),
         ({"clients_at_once": 2, "nodes": 2, "gpus": 4}, 2, "gpus", "gres/gpu=4,node=2"),
-        ({"gpus": 2}, 2, "gpus", "gres/gpu=2,node=1"),
         ({"gpus": 2}, 2, "gpus-per-node", "gres/gpu=2,node=1"),
     ],
 )
