@@ -16,7 +16,7 @@ from cluster_study import (
     submitted,
     wait_for,
 )
-from workflow_study import REPOSITORY, Study, new_study
+from workflow_study import REPOSITORY, SMOKE, Study, new_study
 
 from fedamole.pool_files import read_upload
 
@@ -60,7 +60,7 @@ def test_the_profile_gives_the_bytes_of_a_local_run(smoke: Study, tmp_path: Path
 
 def test_the_demo_scaled_down(tmp_path: Path) -> None:
     changes = {
-        "rounds": 2,
+        "rounds": 1,
         "scenarios": [
             {**DEMO["scenarios"][0], "clients": 2, "max_embedding": 4, "max_eval": 2, "max_test": 2}
         ],
@@ -108,32 +108,52 @@ def test_a_round_in_one_job_over_nodes_and_gpus(
     assert len(seats) == execution.get("clients_at_once", 1)
 
 
+def weights(study: Study, *within: str) -> dict[str, np.ndarray]:
+    """Tensors that client 0 uploads after a round; the study runs within a command."""
+    study.folder.mkdir()
+    done = subprocess.run(
+        [*within, *study.command("--quiet", "rules")],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr + study.logs()
+    upload = next(study.results.glob("runs/*/fedamole/round_001/client_000.h5"))
+    return {
+        f"{name} {part} {key}": array
+        for name, group in read_upload(upload).state.groups.items()
+        for part in ("experts", "shared")
+        for key, array in getattr(group, part).items()
+    }
+
+
+ONE_ROUND = {
+    **SMOKE,
+    "results": "results",
+    "rounds": 1,
+    "methods": ["fedamole"],
+    "training": {"steps": 4, "batch_size": 4, "micro_batch_size": 1, "learning_rate": 1e-3},
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    return weights(Study(tmp_path_factory.mktemp("one") / "study", ONE_ROUND))
+
+
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("deepspeed", ["zero1", "zero2", "zero3"])
 def test_two_nodes_with_two_ranks_each_give_the_weights_of_one_process(
-    smoke: Study, tmp_path: Path, deepspeed: str
+    one_process: dict[str, np.ndarray], tmp_path: Path, deepspeed: str
 ) -> None:
-    training = {"steps": 4, "batch_size": 4, "micro_batch_size": 1, "learning_rate": 1e-3}
-    weights = []
-    for ranks, folder in ((1, tmp_path / "one"), (4, tmp_path / "four")):
-        study = Study(folder, {**smoke.config, "rounds": 1, "methods": ["fedamole"]})
-        study.config |= {"training": {**training, "ranks": ranks, "deepspeed": deepspeed}}
-        study.config |= {"execution": {"nodes": 2 if ranks > 1 else 1}}
-        folder.mkdir()
-        # A job of two nodes in which Snakemake runs; the rule starts the ranks through srun.
-        command = [*(ALLOCATION if ranks > 1 else []), *study.command("--quiet", "rules")]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment(), timeout=300
-        )
-        assert done.returncode == 0, done.stderr + study.logs()
-        upload = next(study.results.glob("runs/*/fedamole/round_001/client_000.h5"))
-        weights.append(read_upload(upload).state.groups)
-    for name, group in weights[0].items():
-        for part in ("experts", "shared"):
-            for key, expected in getattr(group, part).items():
-                found = getattr(weights[1][name], part)[key]
-                np.testing.assert_allclose(
-                    found, expected, rtol=0, atol=1e-5, err_msg=f"{name} {key}"
-                )
+    training = {**ONE_ROUND["training"], "ranks": 4, "deepspeed": deepspeed}
+    config = {**ONE_ROUND, "training": training, "execution": {"nodes": 2}}
+    # A job of two nodes in which Snakemake runs; the rule starts the ranks through srun.
+    found = weights(Study(tmp_path / "study", config), *ALLOCATION)
+    assert found.keys() == one_process.keys()
+    for name, expected in one_process.items():
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=1e-5, err_msg=name)
 
 
 def test_the_ranks_of_a_client_sat_on_two_nodes(tmp_path: Path) -> None:
