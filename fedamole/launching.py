@@ -122,7 +122,7 @@ def _export_slurm_ranks() -> None:
 def launch(layout: Layout, arguments: Sequence[str]) -> None:
     """Run ``fedamole`` with these arguments in every process of a job, and wait for all.
 
-    Several nodes are used inside a SLURM job only; elsewhere all processes run on this machine,
+    Several nodes are used inside a SLURM job that has them only; elsewhere all processes run on this machine,
     which gives the same numbers.
 
     Raises
@@ -131,15 +131,28 @@ def launch(layout: Layout, arguments: Sequence[str]) -> None:
         If a process died.
     """
     command = [sys.executable, "-m", "fedamole", *arguments]
-    if layout.nodes > 1 and "SLURM_JOB_ID" in os.environ:
+    if layout.nodes > 1 and _has_nodes(layout.nodes):
         _by_srun(layout, command)
         return
     if layout.nodes > 1:
-        logger.info("no SLURM job: all %d processes run on this machine", layout.processes)
+        logger.info(
+            "no SLURM job of %d nodes: all %d processes run on this machine",
+            layout.nodes,
+            layout.processes,
+        )
     if layout.ranks > 1:
         _by_torchrun(layout, command)
     else:
         _side_by_side(layout, command)
+
+
+def _has_nodes(nodes: int) -> bool:
+    """Whether this process is in a SLURM job of so many nodes."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return False
+    # Snakemake's plugin drops the number; it made the job as large as the layout.
+    given = os.environ.get("SLURM_JOB_NUM_NODES") or os.environ.get("SLURM_NNODES")
+    return given is None or int(given) >= nodes
 
 
 def _environment(layout: Layout, launcher: str) -> dict[str, str]:

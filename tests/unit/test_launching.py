@@ -99,3 +99,17 @@ def test_a_parent_that_is_ended_takes_its_processes_along(tmp_path: Path) -> Non
 def test_workers_know_who_started_them(tmp_path: Path) -> None:
     run_side_by_side(tmp_path, f"assert os.environ['{launching.LAUNCHER}'] == 'here'")
     assert {path.name for path in tmp_path.iterdir()} == {"script.py", "0", "1", "2"}
+
+
+@pytest.mark.parametrize(
+    ("job", "nodes", "expected"), [(None, None, False), ("7", None, True), ("7", "1", False)]
+)
+def test_several_nodes_are_used_where_the_job_has_them(
+    monkeypatch: pytest.MonkeyPatch, job: str | None, nodes: str | None, expected: bool
+) -> None:
+    for name, value in (("SLURM_JOB_ID", job), ("SLURM_NNODES", nodes)):
+        monkeypatch.delenv("SLURM_JOB_NUM_NODES", raising=False)
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert launching._has_nodes(2) is expected
