@@ -122,8 +122,8 @@ def _export_slurm_ranks() -> None:
 def launch(layout: Layout, arguments: Sequence[str]) -> None:
     """Run ``fedamole`` with these arguments in every process of a job, and wait for all.
 
-    Several nodes are used inside a SLURM job that has them only; elsewhere all processes run on this machine,
-    which gives the same numbers.
+    Several nodes are used only inside a SLURM job that has them; elsewhere all processes run on
+    this machine, which gives the same numbers.
 
     Raises
     ------

@@ -102,7 +102,8 @@ def test_a_round_in_one_job_over_nodes_and_gpus(
     local.run()
     assert differing(study, local) == []
     [job] = submitted(study.said())
-    tres, nodes = accounted(job, "AllocTRES", "NNodes")
+    tres, nodes, cores = accounted(job, "AllocTRES", "NNodes", "AllocCPUS")
+    assert int(cores) == execution.get("clients_at_once", 1) * ranks
     assert granted == f"{next(part for part in tres.split(',') if 'gpu' in part)},node={nodes}"
     seats = {item.process for item in study.progress().values()}
     assert len(seats) == execution.get("clients_at_once", 1)
