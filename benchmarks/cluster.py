@@ -56,7 +56,7 @@ def study_of(folder: Path, args: argparse.Namespace, execution: dict[str, Any] |
 
 def prepare(study: Study) -> None:
     """Make what no round depends on, without taking its time."""
-    command = [part for part in Study.command(study, "--quiet", "all", "--until", "init_server")]
+    command = Study.command(study, "--quiet", "all", "--until", "init_server", "tokenize")
     subprocess.run(command, check=True, capture_output=True)
 
 
