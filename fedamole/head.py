@@ -126,13 +126,13 @@ def wait_for_jobs(results: Path) -> None:
 
     def none_left() -> bool:
         jobs = slurm.jobs_of_study(results)
-        # One that has begun meanwhile is left alone.
+        # One that has begun meanwhile is left alone, and waited for at the next look.
         slurm.cancel([job for job in jobs if job.waits], "--state=PENDING")
-        running = [job for job in jobs if not job.waits]
-        if running:
+        slurm.cancel([job for job in jobs if job.is_held])
+        if running := [job for job in jobs if not job.waits]:
             numbers = ", ".join(str(job.id) for job in running)
             logger.info("waiting for jobs of an earlier head: %s", numbers)
-        return not running
+        return not jobs
 
     slurm.wait_until(none_left, POLL_S)
 
@@ -203,9 +203,12 @@ def cancel_study(results: Path, patience_s: float = 120) -> list[int]:
         found[head.id] = None
         # Asked politely, it would go on for a while and submit more.
         kind = () if head.waits else ("--signal=KILL", "--full")
-        slurm.cancel([head], *kind)
+        if head.state != "COMPLETING":
+            slurm.cancel([head], *kind)
         if not slurm.wait_until(lambda: living_head(results) is None, 1, patience_s):
             raise FedamoleError(f"head job {head.id} does not end; see squeue -j {head.id}")
+    # A Snakemake in a terminal would submit them again.
+    was_left_by_a_dead_one(results, takes_over=True)
 
     def none_left() -> bool:
         jobs = slurm.jobs_of_study(results)

@@ -20,10 +20,13 @@ logger = logging.getLogger(__name__)
 TIMEOUT_S = 60
 # %A job, %T state, %M time used, %N nodes, %Z working directory, %j name, %k comment.
 _FORMAT = "%A|%T|%M|%N|%Z|%j|%k"
+# A person must let these go on.
+HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT")
 # States in which a job holds, or will get, a node.
 ALIVE = (
     *("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "RESIZING"),
-    *("REQUEUE_HOLD", "REQUEUE_FED", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED"),
+    *("REQUEUE_FED", "SIGNALING", "STAGE_OUT", "STOPPED"),
+    *HELD,
 )
 
 
@@ -58,7 +61,12 @@ class Job:
     @property
     def waits(self) -> bool:
         """Whether it has not begun."""
-        return self.state in ("PENDING", "CONFIGURING")
+        return self.state in ("PENDING", "CONFIGURING", "REQUEUED", *HELD)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it would wait for ever."""
+        return self.state in HELD
 
 
 def is_here() -> bool:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import math
 import os
 import sys
 import time
@@ -199,13 +200,16 @@ def _missing_at_last(job: _Job, wait: bool) -> list[int]:
 
     A file system over a network may show them half a minute late to a node that has looked before.
     """
-    deadline = time.monotonic() + (VISIBLE_S if wait and job.layout.nodes > 1 else 0)
+    deadline = time.monotonic() + VISIBLE_S if wait and job.layout.nodes > 1 else -math.inf
     while True:
         missing = job.missing()
-        states = {item.client: item.state for item in read_progress(job.progress.folder)}
-        failed = all(states.get(client) == "failed" for client in missing)
-        if failed or time.monotonic() > deadline:
+        if not missing or time.monotonic() > deadline:
             return missing
+        # For people only: if it cannot be read, the files themselves tell in the end.
+        with contextlib.suppress(FedamoleError):
+            states = {item.client: item.state for item in read_progress(job.progress.folder)}
+            if all(states.get(client) == "failed" for client in missing):
+                return missing
         time.sleep(VISIBLE_POLL_S)
 
 

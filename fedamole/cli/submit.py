@@ -1,6 +1,7 @@
 """The commands that send Snakemake itself to the cluster, and that call a study off."""
 
 import argparse
+import re
 from pathlib import Path
 
 from fedamole.cli.study import default_config, read_config
@@ -86,7 +87,8 @@ def _check_arguments(arguments: list[str]) -> None:
     FedamoleError
         For a dry run, another folder, or several sources of the study.
     """
-    if {"-n", "--dry-run", "--dryrun"} & {*arguments}:
+    dry = ("--dry-run", "--dryrun")
+    if any(word in dry or re.fullmatch(r"-[a-zA-Z]*n[a-zA-Z]*", word) for word in arguments):
         raise FedamoleError("submit: a dry run needs no job; run: snakemake --profile slurm -n ...")
     if found := [word for word in arguments if word.split("=")[0] in ("-d", "--directory")]:
         raise FedamoleError(f"submit: {found[0]} is not allowed; call it from that folder instead")
