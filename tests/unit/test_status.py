@@ -272,7 +272,7 @@ class Study:
             self.clock.now += took
             progress.kept(outputs[client][0]).write_text("{}")
             progress.end(began)
-        progress.publish(outputs)
+        progress.publish(outputs, lambda path: False)
 
     def everything(self) -> None:
         """The whole study."""
