@@ -47,7 +47,7 @@ end_pid() { # end_pid PIDFILE NAME SECONDS
 
 install_pkgs() {
   local need=()
-  for b in slurmctld:slurmctld slurmd:slurmd srun:slurm-client slurmdbd:slurmdbd munged:munge mariadbd:mariadb-server; do
+  for b in slurmctld:slurmctld slurmd:slurmd srun:slurm-client slurmdbd:slurmdbd munged:munge mariadbd:mariadb-server ss:iproute2; do
     command -v "${b%%:*}" >/dev/null || [[ -x /usr/sbin/${b%%:*} ]] || need+=("${b##*:}")
   done
   (( ${#need[@]} )) || return 0
@@ -67,7 +67,7 @@ write_conf() {
   [[ -s $D/munge/munge.key ]] || { dd if=/dev/urandom of="$D/munge/munge.key" bs=128 count=1 status=none; chmod 400 "$D/munge/munge.key"; }
   local i; for ((i=0;i<GPUS;i++)); do [[ -c $D/dev/gpu$i ]] || { rm -f "$D/dev/gpu$i"; mknod "$D/dev/gpu$i" c 1 3; }; done
   sed -e "s#@D@#$D#g; s#@HOST@#$HOST#g; s#@PORT@#$PORT#g; s#@DBPORT@#$((PORT+2))#g" \
-      -e "s#@N@#$NODES#g; s#@CPUS@#$CPUS#g; s#@MEM@#$MEM#g; s#@GPUS@#$GPUS#g; s#@LASTGPU@#$((GPUS-1))#g" \
+      -e "s#@N@#$NODES#g; s#@CPUS@#$CPUS#g; s#@MEM@#$MEM#g; s#@GPUS@#$GPUS#g" \
       -e "s#@NPORTS@#[$((PORT+101))-$((PORT+100+NODES))]#g" \
       -e "s#@ACCT@#$([[ $DB == 1 ]] && echo slurmdbd || echo none)#g" "$HERE/slurm.conf.in" >"$CONF.new"
   (( DB )) || sed -i -e '/^AccountingStorageHost/d;/^AccountingStoragePort/d;/^AccountingStoragePass/d;/^AccountingStorageTRES/d' "$CONF.new"
