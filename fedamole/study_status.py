@@ -10,8 +10,8 @@ from statistics import median
 from typing import Literal
 
 from fedamole.config import Config
+from fedamole.planning.workload import RunWork, works_of
 from fedamole.progress import ClientProgress, Work
-from fedamole.registry import lookup
 
 # Finished rounds that tell how long the next ones will take. Older ones ran on other nodes or under
 # another load, and a long study has too many to read.
@@ -210,22 +210,20 @@ class StudyStatus:
 def plans_of(config: Config) -> list[Plan]:
     """List what the runs of a study have to do, in the order of the config."""
     return [
-        Plan(slug, run, work, rounds, scenario.clients)
+        Plan(slug, work.run, kind, rounds, scenario.clients)
         for slug, (scenario, _) in config.scenario_seeds().items()
-        for run in config.runs()
-        for work, rounds in _works_of(config, run)
+        for work in works_of(config)
+        for kind, rounds in _kinds_of(work, config.rounds)
     ]
 
 
-def _works_of(config: Config, run: str) -> Iterator[tuple[Work, tuple[int, ...]]]:
+def _kinds_of(work: RunWork, rounds: int) -> Iterator[tuple[Work, tuple[int, ...]]]:
     """Training, if the run trains, and tests, if a row asks for those of the averaged model."""
-    rows = [row for row in map(lookup, config.methods) if row.run == run]
-    trains = any(row.trains for row in rows)
-    rounds = tuple(range(1, config.rounds + 1)) if trains else (0,)
-    if trains:
-        yield "train", rounds
-    if any(row.evaluated == "aggregated" for row in rows):
-        yield "test", rounds
+    numbers = tuple(range(1, rounds + 1)) if work.trains else (0,)
+    if work.trains:
+        yield "train", numbers
+    if work.tests_average:
+        yield "test", numbers
 
 
 def done_rounds(plan: Plan, rounds: Rounds) -> list[int]:

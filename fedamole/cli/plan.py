@@ -262,8 +262,6 @@ def _guesses(study: Study, size: ModelSize) -> Iterator[str]:
         "unless execution: mem_mb, runtime are set."
     )
     yield "Traffic is a mean: a client holds num_experts * choices / clients experts per module."
-    if zero_of(config).stage == 3 and any(work.tests_average for work in works_of(config)):
-        yield "evaluate_clients holds all weights on every GPU, whatever the ZeRO stage."
 
 
 def _data_line(study: Study, scenario: ScenarioSettings) -> str:
