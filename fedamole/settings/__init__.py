@@ -1,0 +1,50 @@
+"""Every setting of a run: its meaning, unit, default and limits (torch-free).
+
+A config file is made of these sections (:mod:`fedamole.config`); a command gets those that its
+stage depends on (:mod:`fedamole.stages`).
+"""
+
+from fedamole.settings.backbone import (
+    BackboneLoading,
+    BackboneSettings,
+    BackboneSize,
+    BackboneSource,
+    GeneratedBackbone,
+)
+from fedamole.settings.data import (
+    DatasetSettings,
+    PartitionSettings,
+    ScenarioSettings,
+    SourceSettings,
+)
+from fedamole.settings.federation import AdapterSettings, AggregationSettings, AssignmentSettings
+from fedamole.settings.output import ExecutionSettings, TablesSettings
+from fedamole.settings.section import Section
+from fedamole.settings.training import (
+    DEEPSPEED_KEYS,
+    ZERO_KEYS,
+    EvaluationSettings,
+    TrainingSettings,
+)
+
+__all__ = [
+    "DEEPSPEED_KEYS",
+    "ZERO_KEYS",
+    "AdapterSettings",
+    "AggregationSettings",
+    "AssignmentSettings",
+    "BackboneLoading",
+    "BackboneSettings",
+    "BackboneSize",
+    "BackboneSource",
+    "DatasetSettings",
+    "EvaluationSettings",
+    "ExecutionSettings",
+    "GeneratedBackbone",
+    "PartitionSettings",
+    "ScenarioSettings",
+    "Section",
+    "SourceSettings",
+    "TablesSettings",
+    "TrainingSettings",
+]

@@ -1,0 +1,55 @@
+"""What people see, and how the work is cut into jobs."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fedamole.settings.section import Section
+
+
+class TablesSettings(Section):
+    """What the tables show. Nothing here trains."""
+
+    round: Literal["last", "best"] = "last"
+    """Round that counts: the last one, or the best by mean evaluation loss."""
+    reference: str = "fedamole"
+    """Method whose gain over the best of the others is given."""
+    decimals: int = Field(default=2, ge=0, le=6)
+    """Decimals of the printed numbers (metrics in percent)."""
+
+
+class ExecutionSettings(Section):
+    """How the work is cut into jobs. Nothing here changes a number."""
+
+    clients_per_job: int | Literal["all"] = "all"
+    """Clients of one round that one job trains: 1, n, or all."""
+    clients_at_once: int = Field(default=1, ge=1)
+    """Clients that a job trains side by side, each with ranks of its own; the others wait."""
+    nodes: int = Field(default=1, ge=1)
+    """Nodes of a job on a cluster. Its processes, clients_at_once * ranks, are spread evenly over
+    them."""
+    gpus: int = Field(default=0, ge=0)
+    """GPUs of a job on all its nodes together: 0 (CPU), or at least one for each process."""
+    mem_mb: int | None = Field(default=None, ge=100)
+    """Memory per node that a job asks for, in MB; default: from the size of the model. Half as much
+    again with every retry."""
+    runtime: int | None = Field(default=None, ge=1)
+    """Time that a job asks for, in minutes; default: a generous estimate from the size of the model
+    and the work. Twice as much with every retry."""
+
+    @model_validator(mode="after")
+    def _positive(self) -> "ExecutionSettings":
+        if self.clients_per_job != "all" and self.clients_per_job < 1:
+            raise ValueError(f"clients_per_job {self.clients_per_job} must be at least 1, or all")
+        if self.clients_per_job != "all" and self.clients_at_once > self.clients_per_job:
+            raise ValueError(
+                f"clients_at_once {self.clients_at_once} must not exceed clients_per_job "
+                f"{self.clients_per_job}"
+            )
+        if self.gpus % self.nodes:
+            raise ValueError(f"gpus {self.gpus} must be a multiple of nodes {self.nodes}")
+        return self
+
+    def processes(self, ranks: int) -> int:
+        """Processes of a job whose clients take so many ranks each."""
+        return self.clients_at_once * ranks
