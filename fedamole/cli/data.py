@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedamole import stages
-from fedamole.artifacts import Header, sha256, write_record
+from fedamole.artifacts import Header, read_record, sha256, write_record
+from fedamole.backbone_limits import check_length
 from fedamole.cli.libraries import prepare_libraries
 from fedamole.config import parse
 from fedamole.errors import FedamoleError
@@ -65,7 +66,13 @@ def run_tokenize(args: argparse.Namespace) -> None:
     division = read_partition(args.partition, stages.digest(settings.scenario))
     corpus = load_corpus(scenario.dataset)
     check_corpus(division, corpus, scenario.dataset.name)
-    tokenizer = _load_tokenizer(args.backbone, settings.backbone.backbone)
+    if not (args.backbone / "backbone.json").is_file():
+        raise FedamoleError(
+            f"{args.backbone}: is not a prepared backbone (it has no backbone.json)"
+        )
+    facts = read_record(args.backbone / "backbone.json", "backbone")[1]
+    check_length(facts["name"], facts.get("positions"), scenario.max_length)
+    tokenizer = read_tokenizer(args.backbone, settings.backbone.backbone)
     store = tokenize_scenario(corpus, division, scenario, tokenizer)
     parents = {
         "partition": sha256(args.partition),
@@ -82,11 +89,26 @@ def run_tokenize(args: argparse.Namespace) -> None:
     )
 
 
-def _load_tokenizer(folder: Path, settings: BackboneSource) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a prepared backbone, or say clearly that there is none."""
-    if not (folder / "backbone.json").is_file():
-        raise FedamoleError(f"{folder}: is not a prepared backbone (it has no backbone.json)")
-    prepare_libraries(offline=True)
+def read_tokenizer(
+    folder: Path, settings: BackboneSource, offline: bool = True
+) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer in a model's folder.
+
+    Parameters
+    ----------
+    folder
+        The folder.
+    settings
+        Whether code that comes with the model is run.
+    offline
+        Whether nothing else of the process needs the hub.
+
+    Raises
+    ------
+    FedamoleError
+        If there is none.
+    """
+    prepare_libraries(offline=offline)
     from fedamole.backbone import load_tokenizer
 
     try:

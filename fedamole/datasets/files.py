@@ -6,77 +6,46 @@ import gzip
 import importlib.util
 import io
 import json
-import math
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fedamole.datasets.rows import Row
 from fedamole.errors import FedamoleError
 from fedamole.settings import SourceSettings
 
 
-@dataclass(frozen=True)
-class Row:
-    """One record of a data set.
-
-    Attributes
-    ----------
-    values
-        Value by column name.
-    where
-        File and line, for errors.
-    """
-
-    values: Mapping[str, Any]
-    where: str
-
-    def text(self, column: str) -> str:
-        """Give the value of a column as text; nothing (null) is the empty text.
-
-        Raises
-        ------
-        FedamoleError
-            If there is no such column, or it holds a list or a mapping.
-        """
-        if column not in self.values:
-            raise FedamoleError(
-                f"{self.where}: has no field {column!r}; its fields are {sorted(self.values)}"
-            )
-        value = self.values[column]
-        if isinstance(value, str):
-            return value
-        if value is None:
-            return ""
-        if isinstance(value, bool):
-            return "true" if value else "false"
-        if isinstance(value, float) and value.is_integer():
-            return str(int(value))
-        if isinstance(value, int | float):
-            return "" if math.isnan(value) else str(value)
-        raise FedamoleError(
-            f"{self.where}: field {column!r} holds a {type(value).__name__}; a text or a number is "
-            "needed"
-        )
-
-
-def find_files(source: SourceSettings) -> list[Path]:
+def find_files(source: SourceSettings, fetch: bool = True) -> list[Path]:
     """Find the files of a source: pattern after pattern, sorted within each, none twice.
 
     A ``~`` at the start stands for the user's home.
+
+    Parameters
+    ----------
+    source
+        The source.
+    fetch
+        Whether files of the hub are fetched into its cache; otherwise they must be there.
 
     Raises
     ------
     FedamoleError
         If a file is missing, or nothing matches a pattern.
     """
-    root = package_folder(source.package) if source.package else Path()
+    root = Path()
+    if source.hub:
+        root = _snapshot(source.hub, source.revision, source.files, fetch)
+    elif source.package:
+        root = package_folder(source.package)
     found: dict[Path, None] = {}
     for pattern in map(_expand_home, source.files):
         matches = _matches(root, pattern)
+        if not matches and source.hub:
+            raise FedamoleError(f"hub data set {source.hub!r}: has no file {pattern!r}")
         if not matches:
             raise FedamoleError(f"{root / pattern}: no such data file, seen from {Path.cwd()}")
         found.update(dict.fromkeys(matches))
@@ -104,6 +73,37 @@ def package_folder(package: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
+def _snapshot(hub: str, revision: str | None, patterns: Sequence[str], fetch: bool) -> Path:
+    """Folder in the cache with files of a data set of the Hugging Face hub."""
+    # A fraction of a second of import that only files of the hub need.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        folder = snapshot_download(
+            hub,
+            repo_type="dataset",
+            revision=revision,
+            allow_patterns=list(patterns),
+            local_files_only=not fetch,
+        )
+    except (OSError, ValueError) as error:
+        raise hub_error(hub, revision, error) from error
+    return Path(folder)
+
+
+def hub_error(hub: str, revision: str | None, error: Exception) -> FedamoleError:
+    """What to say of a data set that the hub, or its cache, does not give."""
+    reason = " ".join(str(error).split())
+    advice = "without internet point files at a local copy"
+    if "scripts are no longer supported" in reason:
+        advice = "name files of its repository, or a revision in another format"
+    of = f" (revision {revision})" if revision else ""
+    return FedamoleError(f"hub data set {hub!r}{of}: cannot be loaded ({reason}); {advice}")
+
+
 def _expand_home(pattern: str) -> str:
     """Replace a ``~`` or ``~user`` at the start of a path by the home it stands for."""
     if not pattern.startswith("~"):
@@ -125,9 +125,9 @@ def _matches(root: Path, pattern: str) -> list[Path]:
     return sorted(root.glob(pattern))
 
 
-def record_rows(path: Path) -> Iterator[Row]:
-    """Read a file with one object per row; its format follows from the suffix."""
-    suffix = Path(path.name.removesuffix(".gz")).suffix
+def record_rows(path: Path, suffix: str | None = None) -> Iterator[Row]:
+    """Read a file with one object per row; its format follows from its suffix, or that given."""
+    suffix = suffix or Path(path.name.removesuffix(".gz")).suffix
     if suffix not in _FORMATS:
         raise FedamoleError(
             f"{path}: has an unknown format {suffix!r}; allowed: {', '.join(_FORMATS)}, "
@@ -208,9 +208,9 @@ def object_row(value: Any, where: str) -> Row:
     return Row(value, where)
 
 
-def _csv_rows(file: BinaryIO, path: Path) -> Iterator[Row]:
-    """Read comma-separated values under a header line."""
-    records = _csv_records(file, path)
+def _csv_rows(file: BinaryIO, path: Path, delimiter: str = ",") -> Iterator[Row]:
+    """Read values separated by commas, or something else, under a header line."""
+    records = _csv_records(file, path, delimiter)
     line, header = next(records, (1, []))
     for name in header:
         if header.count(name) > 1:
@@ -226,11 +226,11 @@ def _csv_rows(file: BinaryIO, path: Path) -> Iterator[Row]:
         yield Row(dict(zip(header, values, strict=True)), f"{path}:{line}")
 
 
-def _csv_records(file: BinaryIO, path: Path) -> Iterator[tuple[int, list[str]]]:
+def _csv_records(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Read the records that are not blank, each with the line where it begins."""
     # The module's own limit is 131,072 characters; a long document is no mistake.
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(_text_lines(file, path), strict=True)
+    reader = csv.reader(_text_lines(file, path), strict=True, delimiter=delimiter)
     line = 1
     try:
         for values in reader:
@@ -238,7 +238,8 @@ def _csv_records(file: BinaryIO, path: Path) -> Iterator[tuple[int, list[str]]]:
                 yield line, values
             line = reader.line_num + 1
     except csv.Error as error:
-        raise FedamoleError(f"{path}:{line}: is not valid CSV ({error})") from error
+        kind = "CSV" if delimiter == "," else "TSV with CSV's quotes"
+        raise FedamoleError(f"{path}:{line}: is not valid {kind} ({error})") from error
 
 
 def _text_lines(file: BinaryIO, path: Path) -> Iterator[str]:
@@ -269,5 +270,6 @@ _FORMATS: dict[str, Callable[[BinaryIO, Path], Iterator[Row]]] = {
     ".jsonl": _json_lines,
     ".json": _json_array,
     ".csv": _csv_rows,
+    ".tsv": partial(_csv_rows, delimiter="\t"),
     ".parquet": _parquet_rows,
 }

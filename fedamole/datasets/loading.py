@@ -7,10 +7,14 @@ from functools import cached_property
 
 import numpy as np
 
+from fedamole.datasets.rows import Row
 from fedamole.datasets.sources import read_rows
 from fedamole.datasets.templates import find_label, render_prompt, render_response
 from fedamole.errors import FedamoleError
 from fedamole.settings import DatasetSettings
+
+EVERYTHING = "all"
+"""The class of all rows of a data set that names no classes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,8 @@ class Corpus:
         Names of the C classes of the partition: answers in the order of the settings, or the
         categories in sorted order.
     dropped
-        Rows that were left out, by reason: ``no_label``, ``no_response``, ``duplicate``.
+        Rows that were left out, by reason: ``no_label``, ``no_response``, ``duplicate``, and where
+        the settings drop classes ``other_class``.
     """
 
     examples: tuple[Example, ...]
@@ -72,8 +77,8 @@ class Corpus:
 def load_corpus(settings: DatasetSettings) -> Corpus:
     """Read a data set and render its prompts and answers.
 
-    Rows without a valid label or category, without an answer, and (if asked for) duplicates are
-    dropped and counted.
+    Rows without a label, category or answer, and (if asked for) those of some classes and
+    duplicates are dropped and counted.
 
     Raises
     ------
@@ -82,10 +87,13 @@ def load_corpus(settings: DatasetSettings) -> Corpus:
         left.
     """
     dropped = {"no_label": 0, "no_response": 0, "duplicate": 0}
+    if settings.drop_classes:
+        dropped["other_class"] = 0
     found = list(_usable(settings, dropped))
     if not found:
         raise FedamoleError(f"data set {settings.name}: no row is left (dropped: {dropped})")
-    if settings.category:
+    has_names = bool(settings.category or not settings.label)
+    if has_names:
         classes = sorted({category for _, _, category, _ in found})
     else:
         classes = list(settings.answers)
@@ -94,7 +102,7 @@ def load_corpus(settings: DatasetSettings) -> Corpus:
         Example(prompt, response, position[category], label)
         for prompt, response, category, label in found
     )
-    names = classes if settings.category else list(settings.answers.values())
+    names = classes if has_names else list(settings.answers.values())
     return Corpus(examples, tuple(names), dropped)
 
 
@@ -103,17 +111,26 @@ def _usable(
 ) -> Iterator[tuple[str, str, str, int]]:
     """Give prompt, response, category name and label of the rows that stay; count the others."""
     seen: set[tuple[str, str]] = set()
+    class_column = settings.category or settings.label
     for row in read_rows(settings.source):
-        label = find_label(row, settings) if settings.label else None
-        category = row.text(settings.category or settings.label or "")
-        if (settings.label and label is None) or category in settings.no_label:
-            dropped["no_label"] += 1
+        if reason := _unwanted(row, settings):
+            dropped[reason] += 1
             continue
+        label = find_label(row, settings) if settings.label else None
         prompt, response = render_prompt(row, settings), render_response(row, label, settings)
-        if not response.strip():
+        if response.strip() in ("", *settings.no_response):
             dropped["no_response"] += 1
         elif settings.drop_duplicates and (prompt, response) in seen:
             dropped["duplicate"] += 1
         else:
             seen.add((prompt, response))
+            category = row.text(class_column) if class_column else EVERYTHING
             yield prompt, response, category, -1 if label is None else label
+
+
+def _unwanted(row: Row, settings: DatasetSettings) -> str | None:
+    """Say why a row is dropped for its label or category; None if it is not."""
+    values = {row.text(column) for column in (settings.label, settings.category) if column}
+    if values.intersection(settings.drop_classes):
+        return "other_class"
+    return "no_label" if values.intersection(settings.no_label) else None

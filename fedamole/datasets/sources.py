@@ -1,6 +1,8 @@
-"""Rows of a data set, wherever it comes from: hub, records, conversations, Natural Instructions."""
+"""Rows of a data set, wherever it comes from, and however its files are laid out."""
 
 import itertools
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,14 +10,15 @@ from typing import Any
 import yaml
 
 from fedamole.datasets.files import (
-    Row,
     decode,
     find_files,
+    hub_error,
     load_json,
     object_row,
     opened,
     record_rows,
 )
+from fedamole.datasets.rows import Row
 from fedamole.errors import FedamoleError
 from fedamole.settings import SourceSettings
 
@@ -33,35 +36,51 @@ def read_rows(source: SourceSettings) -> Iterator[Row]:
     FedamoleError
         If something is missing, unreadable or broken; with file and line.
     """
-    if source.hub:
-        yield from _hub_rows(source)
+    if source.hub and not source.files:
+        yield from _hub_rows(source.hub, source)
+        return
     for path in find_files(source):
         if source.layout == "natural-instructions":
             yield from _task_rows(path, source.splits)
         elif source.layout == "conversations":
             yield from _conversation_rows(path)
+        elif source.layout == "mcl-wic":
+            yield from _tagged_rows(path)
         else:
             yield from record_rows(path)
 
 
-def _hub_rows(source: SourceSettings) -> Iterator[Row]:
-    """Read a data set of the Hugging Face hub."""
+def _hub_rows(hub: str, source: SourceSettings) -> Iterator[Row]:
+    """Read the splits of a data set of the Hugging Face hub."""
     # Seconds of import that only a hub data set needs.
     import datasets
 
+    if source.revision and Path(hub).is_dir():
+        raise FedamoleError(f"hub data set {hub!r}: is a local folder, which has no revisions")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     for split in source.splits:
         try:
-            table = datasets.load_dataset(
-                source.hub, source.subset, split=split, revision=source.revision
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise FedamoleError(
-                f"hub data set {source.hub!r}, split {split!r}, cannot be loaded ({reason}); "
-                "without internet point files at a local copy"
-            ) from error
+            table = datasets.load_dataset(hub, source.subset, split=split, revision=source.revision)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            raise hub_error(hub, source.revision, error) from error
+        _check_revision(hub, source.revision, table.cache_files)
         for number, values in enumerate(table, start=1):
-            yield Row(values, f"{source.hub} ({split}): row {number}")
+            yield Row(values, f"{hub} ({split}): row {number}")
+
+
+def _check_revision(hub: str, revision: str | None, cached: list[dict[str, str]]) -> None:
+    """Refuse a cached copy of another commit.
+
+    Where the hub cannot be reached, the library takes the copy that it cached last, whatever
+    revision was asked for. The folder of a copy has the name of its commit.
+    """
+    found = {Path(file["filename"]).parent.name for file in cached}
+    if revision and re.fullmatch("[0-9a-f]{40}", revision) and found - {revision}:
+        raise FedamoleError(
+            f"hub data set {hub!r}: revision {revision} cannot be fetched, and the cache has "
+            f"{', '.join(sorted(found))}"
+        )
 
 
 def _conversation_rows(path: Path) -> Iterator[Row]:
@@ -161,3 +180,15 @@ def _task(folder: Path, name: str) -> dict[str, Any]:
         if not isinstance(task, dict) or not isinstance(task.get(key), list):
             raise FedamoleError(f"{path}: has no list {key!r}; a Natural Instructions task has")
     return task
+
+
+def _tagged_rows(path: Path) -> Iterator[Row]:
+    """Read MCL-WiC (Martelli et al. 2021): pairs of sentences, and their tags in a file beside."""
+    if path.suffix != ".data":
+        raise FedamoleError(f"{path}: has no suffix .data; a file of pairs in MCL-WiC has")
+    gold = path.with_suffix(".gold")
+    tags = {row.text("id"): row.text("tag") for row in record_rows(gold, ".json")}
+    for row in record_rows(path, ".json"):
+        if row.text("id") not in tags:
+            raise FedamoleError(f"{row.where}: id {row.text('id')!r} has no tag in {gold}")
+        yield Row({**row.values, "tag": tags[row.text("id")]}, row.where)

@@ -13,9 +13,6 @@ from fedamole.partition import ClientSplit, partition, split_client
 from fedamole.randomness import stream
 from fedamole.settings import ScenarioSettings
 
-DEFAULT_MAX_TEST = {"classification": 200, "generation": 50}
-"""Cap of a client's test set; generation takes a hundred times longer per example."""
-
 
 @dataclass(frozen=True)
 class Partition:
@@ -68,7 +65,7 @@ def make_partition(corpus: Corpus, settings: ScenarioSettings, seed: int) -> Par
             test_fraction=dataset.test_fraction,
             max_embedding=settings.max_embedding,
             max_eval=settings.max_eval,
-            max_test=settings.max_test or DEFAULT_MAX_TEST[dataset.task],
+            max_test=settings.test_cap,
         )
         for client, share in enumerate(shares)
     )

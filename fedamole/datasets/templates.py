@@ -1,6 +1,6 @@
 """A row -> the prompt that the model reads and the answer that it should give."""
 
-from fedamole.datasets.files import Row
+from fedamole.datasets.rows import Row
 from fedamole.errors import FedamoleError
 from fedamole.settings import DatasetSettings
 
@@ -37,13 +37,8 @@ def render_prompt(row: Row, settings: DatasetSettings) -> str:
     return template.format_map({name: row.text(settings.fields.get(name, name)) for name in names})
 
 
-def find_label(row: Row, settings: DatasetSettings) -> int | None:
+def find_label(row: Row, settings: DatasetSettings) -> int:
     """Find the class of a row's answer, as a position in ``answers``.
-
-    Returns
-    -------
-    int or None
-        None if the row says that it has no label.
 
     Raises
     ------
@@ -51,13 +46,12 @@ def find_label(row: Row, settings: DatasetSettings) -> int | None:
         If the label is none of the allowed ones; with file and line.
     """
     value = row.text(settings.label or "")
-    if value in settings.no_label:
-        return None
     labels = list(settings.answers)
     if value not in labels:
+        dropped = f"; dropped: {', '.join(settings.drop_classes)}" if settings.drop_classes else ""
         raise FedamoleError(
             f"{row.where}: label {value!r} of field {settings.label!r} is out of range; allowed: "
-            f"{', '.join(labels)}; none: {', '.join(map(repr, settings.no_label))}"
+            f"{', '.join(labels)}; none: {', '.join(map(repr, settings.no_label))}{dropped}"
         )
     return labels.index(value)
 

@@ -49,7 +49,7 @@ def tokenize_scenario(
     FedamoleError
         If the tokenizer has no end token, or a client is left without examples in one of its sets.
     """
-    encoder = _Encoder(tokenizer, settings.max_length)
+    encoder = Encoder(tokenizer, settings.max_length)
     sequences, clients = _encode_clients(corpus, division, encoder)
     return TokenStore(
         **_arrays(sequences),
@@ -80,7 +80,7 @@ class _Sequence:
 
 
 def _encode_clients(
-    corpus: Corpus, division: Partition, encoder: "_Encoder"
+    corpus: Corpus, division: Partition, encoder: "Encoder"
 ) -> tuple[list[_Sequence], list[ClientSplit]]:
     """Tokenise the sets of every client, one after another; the second result says whose is what.
 
@@ -125,8 +125,21 @@ def _references(sequences: list[_Sequence], clients: list[ClientSplit]) -> dict[
     }
 
 
-class _Encoder:
-    """A tokenizer with its special tokens under control."""
+class Encoder:
+    """A tokenizer with its special tokens under control.
+
+    Parameters
+    ----------
+    tokenizer
+        Of the backbone.
+    max_length
+        Longest sequence in tokens.
+
+    Raises
+    ------
+    FedamoleError
+        If the tokenizer has no end token, or changes a text when it adds special tokens.
+    """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> None:
         if tokenizer.eos_token_id is None:
@@ -142,16 +155,19 @@ class _Encoder:
 
     def encode(self, examples: list[Example]) -> list[_Sequence]:
         """Tokenise examples; those with a too long prompt are left out."""
-        prompts = self._tokenize([example.prompt for example in examples])
+        prompts = self.prompts([example.prompt for example in examples])
         answers = self.answers([example.response for example in examples])
         sequences = []
         for example, prompt, answer in zip(examples, prompts, answers, strict=True):
-            ids = np.array(self.prefix + prompt + answer, dtype=np.int32)
-            length = len(self.prefix) + len(prompt)
-            if length < self.max_length:
+            ids = np.array(prompt + answer, dtype=np.int32)
+            if len(prompt) < self.max_length:
                 is_cut = len(ids) > self.max_length
-                sequences.append(_Sequence(ids[: self.max_length], length, is_cut, example))
+                sequences.append(_Sequence(ids[: self.max_length], len(prompt), is_cut, example))
         return sequences
+
+    def prompts(self, texts: list[str]) -> list[list[int]]:
+        """Tokenise prompts, each after what the tokenizer sets before a text by itself."""
+        return [self.prefix + ids for ids in self._tokenize(texts)]
 
     def answers(self, texts: list[str]) -> list[list[int]]:
         """Tokenise answers and end each."""

@@ -145,7 +145,7 @@ def _is_tokenised(config: Config, slug: str) -> bool:
 def _source(name: str, source: SourceSettings, offline_is_error: bool) -> Finding:
     """Check that the source of a data set is there."""
     if source.hub:
-        if _is_cached(source.hub):
+        if _is_cached(source.hub, source):
             return ok("data", f"{name}: {source.hub}, in the cache")
         return _not_cached("data", f"{name}: {source.hub}", offline_is_error)
     try:
@@ -155,8 +155,13 @@ def _source(name: str, source: SourceSettings, offline_is_error: bool) -> Findin
     return ok("data", f"{name}: {len(files)} files, {files[0]}{' ...' if files[1:] else ''}")
 
 
-def _is_cached(hub: str) -> bool:
+def _is_cached(hub: str, source: SourceSettings) -> bool:
     """Whether a data set of the hub was read on this machine before; by the library's own names."""
+    if source.files:
+        try:
+            return bool(find_files(source, fetch=False))
+        except FedamoleError:
+            return False
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     cache = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
     *owner, name = hub.split("/")

@@ -8,41 +8,50 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fedamole.settings.section import Section, Slug
 
+# Caps of a client's test set: a generated answer takes a hundred times longer than a chosen one.
+DEFAULT_MAX_TEST = {"classification": 200, "generation": 50}
+
 
 class SourceSettings(Section):
-    """Where the rows of a data set come from: exactly one of hub and files."""
+    """Where the rows of a data set come from: the hub, local files, or files of the hub."""
 
     hub: str | None = None
     """Data set id on the Hugging Face hub."""
     subset: str | None = None
     """Configuration name of the hub data set, for example ``sst2`` of ``glue``."""
     revision: str | None = None
-    """Commit, tag or branch of the hub data set."""
+    """Commit, tag or branch of the hub data set. A whole commit, 40 digits, is also what a cached
+    copy must be of."""
     splits: list[str] = Field(default=["train"], min_length=1)
     """Splits that are pooled before partitioning; of a hub data set or of Natural Instructions."""
     files: list[str] = Field(default=[])
-    """Files or glob patterns, read in sorted order: .jsonl, .json, .csv, .parquet, also .gz; seen
-    from the working directory. For ``natural-instructions`` the folder with tasks/ and splits/."""
+    """Files or glob patterns, read in sorted order: .jsonl, .json, .csv, .tsv, .parquet, also .gz;
+    seen from the working directory, or with ``hub`` from the top of its repository. For
+    ``natural-instructions`` the folder with tasks/ and splits/, for ``mcl-wic`` its .data files."""
     package: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     """Installed Python package that the files are relative to; it is not imported."""
-    layout: Literal["records", "conversations", "natural-instructions"] = "records"
+    layout: Literal["records", "conversations", "natural-instructions", "mcl-wic"] = "records"
     """How rows lie in the files. ``records``: one object per row. ``conversations``: YAML with
     lists of turns, every question with the answer that follows it. ``natural-instructions``: its
-    v2.8 folder."""
+    v2.8 folder. ``mcl-wic``: a .data and a .gold file with the same ids, both arrays in JSON."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "SourceSettings":
-        if bool(self.hub) == bool(self.files):
-            raise ValueError("needs exactly one of hub and files")
-        if self.package and not self.files:
-            raise ValueError("package goes with files only")
+        if not (self.hub or self.files):
+            raise ValueError("needs hub, files, or both: files of the hub's repository")
+        if self.package and (self.hub or not self.files):
+            raise ValueError("package goes with files only, and not with hub")
         if self.hub and self.layout != "records":
-            raise ValueError(f"layout {self.layout} goes with files only")
+            raise ValueError(f"layout {self.layout} goes with files only, and not with hub")
         for key in ("subset", "revision"):
             if getattr(self, key) and not self.hub:
                 raise ValueError(f"{key} goes with hub only")
+        if self.hub and self.files and self.subset:
+            raise ValueError("subset names files of the hub; give it, or files, not both")
         if self.files and self.layout != "natural-instructions" and self.splits != ["train"]:
-            raise ValueError("splits goes with hub and layout natural-instructions only")
+            raise ValueError(
+                "splits goes with hub and layout natural-instructions only, and not with files"
+            )
         return self
 
 
@@ -58,9 +67,14 @@ class DatasetSettings(Section):
     template: str
     """``alpaca``, or a text with the fields of a row in braces; a brace itself is doubled."""
     fields: dict[str, str] = Field(default={})
-    """Column names of the file by the name that the template uses, where they differ."""
+    """Columns of the file by the name that the template uses, where they differ. A column may lie
+    inside another: ``answers.text.0`` is the first item of ``text`` in ``answers``, and
+    ``passages.text.*`` all its items, one per line; so it is for response, label and category."""
     response: str | None = None
     """Column with the answer text (generation)."""
+    no_response: list[str] = Field(default=[])
+    """Answers that mean "none" (generation); such rows are dropped and counted, as are those with
+    an empty answer."""
     label: str | None = None
     """Column with the class label (classification)."""
     answers: dict[str, str] = Field(default={})
@@ -69,7 +83,10 @@ class DatasetSettings(Section):
     no_label: list[str] = Field(default=["-1", ""])
     """Label or category values that mean "none"; such rows are dropped and counted."""
     category: str | None = None
-    """Column with the class that the partition uses; default: the label."""
+    """Column with the class that the partition uses; default: the label. A data set without either
+    can be partitioned ``iid`` only."""
+    drop_classes: list[str] = Field(default=[])
+    """Label or category values whose rows are left out and counted."""
     drop_duplicates: bool = False
     """Drop rows whose prompt and answer both occurred before."""
     eval_fraction: float = Field(default=0.1, gt=0, lt=1)
@@ -83,12 +100,14 @@ class DatasetSettings(Section):
             raise ValueError("a generation data set needs response: the column with the answer")
         if self.task == "generation" and (self.label or self.answers):
             raise ValueError("label and answers go with classification only")
+        if self.task == "classification" and self.no_response:
+            raise ValueError("no_response goes with generation only; see no_label, drop_classes")
         if self.task == "classification" and not (self.label and len(self.answers) >= 2):
             raise ValueError("a classification data set needs label and at least two answers")
         if self.task == "classification" and self.response:
             raise ValueError("response goes with generation only; the answers are the responses")
-        if not (self.category or self.label):
-            raise ValueError("needs category: the column with the class that the partition uses")
+        if self.drop_classes and not (self.category or self.label):
+            raise ValueError("drop_classes goes with a category or a label only")
         if self.eval_fraction + self.test_fraction >= 1:
             raise ValueError(
                 f"eval_fraction {self.eval_fraction} + test_fraction {self.test_fraction} must be "
@@ -101,8 +120,9 @@ class DatasetSettings(Section):
         texts = list(self.answers.values())
         if "" in texts or len(set(texts)) < len(texts):
             raise ValueError(f"answers {texts} must be different texts, none of them empty")
-        if both := sorted(set(self.no_label) & set(self.answers)):
-            raise ValueError(f"label values {both} stand in both answers and no_label")
+        for key in ("no_label", "drop_classes"):
+            if both := sorted(set(getattr(self, key)) & set(self.answers)):
+                raise ValueError(f"label values {both} stand in both answers and {key}")
         return self
 
     @model_validator(mode="after")
@@ -204,6 +224,20 @@ class ScenarioSettings(Section):
     """Cap of a client's test set; default 200 (classification) or 50 (generation)."""
     max_length: int = Field(default=1024, ge=16)
     """Longest sequence in tokens. Longer prompts are dropped, longer answers cut."""
+
+    @property
+    def test_cap(self) -> int:
+        """Cap of a client's test set."""
+        return self.max_test or DEFAULT_MAX_TEST[self.dataset.task]
+
+    @model_validator(mode="after")
+    def _law_has_classes(self) -> "ScenarioSettings":
+        if self.partition.kind != "iid" and not (self.dataset.category or self.dataset.label):
+            raise ValueError(
+                f"partition {self.partition.slug} spreads classes, and data set "
+                f"{self.dataset.name} has none (it names no category); allowed: iid"
+            )
+        return self
 
     @property
     def slug(self) -> str:

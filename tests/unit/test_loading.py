@@ -16,10 +16,11 @@ import yaml
 
 from fedamole.config import parse
 from fedamole.datasets import sources
-from fedamole.datasets.files import package_folder
+from fedamole.datasets.files import find_files, package_folder
 from fedamole.datasets.loading import Corpus, load_corpus
+from fedamole.datasets.rows import Row
 from fedamole.errors import FedamoleError
-from fedamole.settings import DatasetSettings
+from fedamole.settings import DatasetSettings, SourceSettings
 
 ROWS = [
     {"question": "Who?", "extra": "A {strange} text", "answer": "Me, myself", "topic": "person"},
@@ -63,9 +64,10 @@ def write_in(path: Path, suffix: str) -> None:
         path.write_text(json.dumps(ROWS, indent=2), encoding="utf-8")
     elif suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
-    elif suffix == ".csv":
+    elif suffix in (".csv", ".tsv"):
         with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(ROWS[0]))
+            delimiter = "," if suffix == ".csv" else "\t"
+            writer = csv.DictWriter(file, list(ROWS[0]), delimiter=delimiter)
             writer.writeheader()
             writer.writerows(ROWS)
     else:
@@ -73,7 +75,7 @@ def write_in(path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
 def test_every_format_gives_the_same_corpus(tmp_path: Path, suffix: str, compressed: bool) -> None:
     path = tmp_path / f"rows{suffix}"
     write_in(path, suffix)
@@ -127,6 +129,102 @@ def test_rows_without_label_or_answer_and_duplicates_are_dropped_and_counted(
     assert load_corpus(generation([path])).dropped["no_response"] == 1
 
 
+def test_classes_and_answers_that_are_not_wanted_are_dropped_and_counted(tmp_path: Path) -> None:
+    rows = [*ROWS, {**ROWS[0], "topic": "spam"}, {**ROWS[0], "answer": " n/a "}]
+    path = write_lines(tmp_path / "rows.jsonl", [*rows, {**ROWS[0], "topic": "junk", "answer": ""}])
+    changes = {"drop_classes": ["spam", "junk", "number"], "no_response": ["n/a"]}
+    corpus = load_corpus(generation([path], **changes))
+    assert [example.response for example in corpus.examples] == ["Me, myself"]
+    assert corpus.classes == ("person",)
+    assert corpus.dropped == {"no_label": 0, "no_response": 1, "duplicate": 0, "other_class": 4}
+
+
+def test_a_class_beside_the_label_is_what_is_spread_and_dropped(tmp_path: Path) -> None:
+    pairs = [
+        {"premise": "p", "hypothesis": str(n), "label": n % 3, "genre": genre}
+        for n, genre in enumerate(["talk", "news", "talk", "spam", ""])
+    ]
+    path = write_lines(tmp_path / "pairs.jsonl", pairs)
+    corpus = load_corpus(classification([path], category="genre", drop_classes=["spam"]))
+    assert corpus.classes == ("news", "talk")
+    assert [(example.category, example.label) for example in corpus.examples] == [
+        (1, 0),
+        (0, 1),
+        (1, 2),
+    ]
+    assert (corpus.dropped["other_class"], corpus.dropped["no_label"]) == (1, 1)
+
+
+def test_columns_inside_columns() -> None:
+    row = Row(
+        {
+            "answers": {"text": ["a tower", 2.0, None], "start": []},
+            "a.b": "dotted",
+            "a": {"b": "inner", "": "none"},
+            "items": [{"name": "x"}, {"name": "y"}],
+            "nothing": None,
+        },
+        "f:1",
+    )
+    found = {
+        "answers.text.0": "a tower",
+        "answers.text.1": "2",
+        "answers.text.2": "",
+        "answers.text.*": "a tower\n2\n",
+        "answers.start.0": "",
+        "answers.start.*": "",
+        "a.b": "dotted",
+        "a.": "none",
+        "items.1.name": "y",
+        "nothing": "",
+        "nothing.at.0.all": "",
+    }
+    assert {column: row.text(column) for column in found} == found
+    for column, message in (
+        ("answer", "has no field 'answer'; did you mean 'answers'? its fields are ['a', 'a.b', "),
+        ("answers", "field 'answers' holds a dict; a text or a number is needed, such as that of "),
+        ("answers.text", "field 'answers.text' holds a list; a text or a number is needed, such "),
+        ("answers.texts.0", "field 'answers' has no entry 'texts'; its entries are ['start', "),
+        ("answers.text.3", "field 'answers.text' has no item '3'; it has 3, from 0 on"),
+        ("answers.text.-1", "field 'answers.text' has no item '-1'; it has 3, from 0 on"),
+        ("answers.text.x", "field 'answers.text' has no item 'x'; it has 3, from 0 on"),
+        ("answers.text.0.x", "field 'answers.text.0' has no 'x'; it holds a str"),
+        ("items.*", "field 'items.*' holds a dict; a text or a number is needed"),
+        ("items.*.name", "field 'items' has no item '*'; it has 2, from 0 on"),
+    ):
+        with pytest.raises(FedamoleError) as caught:
+            row.text(column)
+        assert str(caught.value).startswith(f"f:1: {message}"), column
+
+
+def test_a_data_set_without_classes_has_one(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", ROWS)
+    corpus = load_corpus(generation([path], category=None))
+    assert corpus.classes == ("all",)
+    assert corpus.categories.tolist() == [0, 0, 0]
+
+
+def test_files_of_the_hub_are_found_in_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is laid out as huggingface_hub does it."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    source = SourceSettings(hub="org/mine", revision="v1", files=["data/*.tsv"])
+    with pytest.raises(FedamoleError, match="hub data set 'org/mine' .revision v1.: cannot be loa"):
+        find_files(source, fetch=False)
+    repository = tmp_path / "datasets--org--mine"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "v1").write_text("c0ffee")
+    folder = repository / "snapshots" / "c0ffee"
+    (folder / "data").mkdir(parents=True)
+    with pytest.raises(FedamoleError, match="hub data set 'org/mine': has no file 'data/..tsv'"):
+        find_files(source, fetch=False)
+    for name in ("b", "a"):
+        (folder / "data" / f"{name}.tsv").touch()
+    assert find_files(source, fetch=False) == [folder / "data" / f"{name}.tsv" for name in "ab"]
+
+
 def test_truth_values_and_numbers_are_labels_in_every_format(tmp_path: Path) -> None:
     answers = {"false": "No", "true": "Yes"}
     rows = [{"premise": 1.0, "hypothesis": 2, "label": True}]
@@ -149,7 +247,8 @@ BROKEN = {
     "n.csv": ('topic,"a b",x,"a b"\n', "n.csv:1: has column 'a b' 2 times; every column needs a"),
     "o.csv": ("\ntopic,topic,topic\n", "o.csv:2: has column 'topic' 3 times"),
     "h.csv": ('topic,x\n"a\nb",c', "h.csv:2: has no field 'extra'; its fields are ['topic', 'x']"),
-    "i.txt": ("", "i.txt: has an unknown format '.txt'; allowed: .jsonl, .json, .csv, .parquet"),
+    "i.txt": ("", "i.txt: has an unknown format '.txt'; allowed: .jsonl, .json, .csv, .tsv, .parq"),
+    "p.tsv": ('topic\tx\n"a"b\tc', "p.tsv:2: is not valid TSV with CSV's quotes ("),
     "j.jsonl.gz": ("plain", "j.jsonl.gz: is not a whole gzip file"),
     "k.parquet": ("PAR1", "k.parquet: is not a whole Parquet file"),
     "l.jsonl": ("", "data set mine: no row is left"),
@@ -258,6 +357,12 @@ def test_package_is_found_without_being_imported() -> None:
         ({"source": {"hub": "a", "layout": "conversations"}}, "goes with files only"),
         ({"source": {"files": ["a"], "splits": ["dev"]}}, "splits goes with hub"),
         ({"source": {"files": ["a"], "subset": "b"}}, "subset goes with hub only"),
+        ({"source": {"hub": "a", "files": ["b"], "subset": "c"}}, "give it, or files, not both"),
+        ({"source": {"hub": "a", "files": ["b"], "splits": ["c"]}}, "splits goes with hub"),
+        ({"source": {"hub": "a", "files": ["b"], "package": "c"}}, "package goes with files only"),
+        ({"source": {}}, "needs hub, files, or both"),
+        ({"drop_classes": ["5", "1"]}, "['1'] stand in both answers and drop_classes"),
+        ({"no_response": ["none"]}, "no_response goes with generation only"),
     ],
 )
 def test_contradictory_settings_are_refused(change: dict[str, Any], message: str) -> None:
@@ -438,4 +543,4 @@ def test_hub_loader_reads_a_folder_and_names_what_it_cannot_reach(tmp_path: Path
     )
     first, second = done.stdout.splitlines()
     assert first == "3"
-    assert second.startswith("hub data set 'nobody/nothing', split 'train', cannot be loaded")
+    assert second.startswith("hub data set 'nobody/nothing': cannot be loaded")

@@ -1,12 +1,16 @@
 """The laws by which a data set is spread over clients, with the real generator."""
 
+import json
+
 import numpy as np
 import pytest
 from scipy import stats
 
+from fedamole.datasets.loading import Corpus, Example
+from fedamole.datasets.splits import make_partition, partition_record
 from fedamole.errors import FedamoleError
 from fedamole.partition import ClientSplit, partition, split_client
-from fedamole.settings import PartitionSettings
+from fedamole.settings import DatasetSettings, PartitionSettings, ScenarioSettings
 
 LAWS = {
     "dir0.1": PartitionSettings(kind="dirichlet", alpha=0.1),
@@ -61,6 +65,82 @@ def test_small_alpha_concentrates_classes_and_large_alpha_evens_them() -> None:
     concentrated, middle, even = map(largest_share, ("dir0.1", "dir1", "dir100"))
     assert concentrated > 0.6 > middle > 0.3 > even > 1 / 6
     np.testing.assert_allclose(counts(draw("dir100"))[:, 0], 900 / 6, rtol=0.5)
+
+
+def tables(law: PartitionSettings, sizes: list[int], clients: int, draws: int) -> np.ndarray:
+    """Examples by draw, client and class, without a least size that would choose among draws."""
+    classes, rng = np.repeat(np.arange(len(sizes)), sizes), np.random.default_rng(11)
+    return np.stack(
+        [counts(partition(classes, law, clients, 0, rng), classes) for _ in range(draws)]
+    )
+
+
+def test_alpha_towards_zero_gives_every_class_to_one_client_whoever_has_the_others() -> None:
+    # The last class is so large that nobody is full before it.
+    law = PartitionSettings(kind="dirichlet", alpha=1e-4)
+    small = tables(law, [90, 60, 80, 9000], clients=4, draws=2000)[:, :, :3]
+    shares = small.max(axis=1) / [90, 60, 80]
+    assert shares.mean() > 0.999
+    owners = small.argmax(axis=1) @ [16, 4, 1]
+    # The owners of three classes are independent and uniform: 64 equal cells.
+    assert stats.chisquare(np.bincount(owners, minlength=64)).pvalue > 0.01
+
+
+def test_alpha_towards_infinity_cuts_every_class_into_equal_parts() -> None:
+    law = PartitionSettings(kind="dirichlet", alpha=1e9)
+    sizes = [900, 500, 300, 60, 40, 80]
+    even = tables(law, sizes, clients=6, draws=20) - np.array(sizes) / 6
+    assert np.abs(even).max() < 1
+
+
+def test_share_of_a_client_is_beta_distributed_also_once_another_is_full() -> None:
+    # Dirichlet(a, a, a) without one component, renormalised, is Dirichlet(a, a): Beta(a, a).
+    law = PartitionSettings(kind="dirichlet", alpha=1.5)
+    drawn = tables(law, [9000, 6000], clients=3, draws=1500)
+    full = drawn[:, :, 0] >= 5000
+    one = full.sum(axis=1) == 1
+    shares = [table[~who][0, 1] / 6000 for table, who in zip(drawn[one], full[one], strict=True)]
+    assert len(shares) > 300
+    assert stats.kstest(shares, stats.beta(1.5, 1.5).cdf).pvalue > 0.01
+
+
+def test_iid_counts_of_a_class_are_hypergeometric() -> None:
+    drawn = tables(PartitionSettings(kind="iid"), [80, 120], clients=5, draws=2000)
+    assert (drawn.sum(axis=2) == 40).all()
+    # 40 of 200 without replacement; the rare ends are pooled.
+    law = stats.hypergeom(200, 80, 40)
+    ends = np.array([12, 13, 14, 15, 16, 17, 18, 19, 20])
+    expected = np.diff(law.cdf(ends), prepend=0, append=1) * 2000
+    found = np.bincount(np.searchsorted(ends, drawn[:, 2, 0]), minlength=10)
+    assert stats.chisquare(found, expected).pvalue > 0.01
+
+
+def test_pathological_gives_a_client_every_choice_of_classes_equally_often() -> None:
+    law = PartitionSettings(kind="pathological", classes_per_client=2)
+    held = tables(law, [50] * 4, clients=5, draws=1200)[:, 3] > 0
+    pairs = np.bincount(held @ [8, 4, 2, 1], minlength=16)[[3, 5, 6, 9, 10, 12]]
+    assert pairs.sum() == 1200
+    assert stats.chisquare(pairs).pvalue > 0.01
+
+
+@pytest.mark.parametrize("law", ["dir1", "pathological2", "iid"])
+def test_an_example_is_as_likely_with_every_client(law: str) -> None:
+    classes, rng = np.repeat([0, 1, 2], [30, 20, 40]), np.random.default_rng(4)
+    owners = np.zeros(4, dtype=int)
+    for _ in range(800):
+        shares = partition(classes, LAWS[law], 4, 1, rng)
+        owners += [int(35 in share) for share in shares]
+    assert owners.sum() == 800
+    assert stats.chisquare(owners).pvalue > 0.01
+
+
+@pytest.mark.parametrize("least", [10, 60, 120])
+def test_every_client_has_the_least_size_in_every_draw(least: int) -> None:
+    law, rng = LAWS["dir0.1"], np.random.default_rng(2)
+    for _ in range(10):
+        shares = partition(CLASSES, law, 6, least, rng)
+        assert min(map(len, shares)) >= least
+        assert len(np.unique(np.concatenate(shares))) == sum(map(len, shares)) == len(CLASSES)
 
 
 def test_client_that_holds_its_fair_share_gets_no_further_class() -> None:
@@ -148,6 +228,23 @@ def test_no_value_is_made_up_for_a_law_without_its_parameter(kind: str) -> None:
     law = PartitionSettings.model_construct(kind=kind)
     with pytest.raises(AssertionError):
         partition(CLASSES, law, 6, 10, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_the_four_sets_of_all_clients_are_a_function_of_the_seed(law: str) -> None:
+    examples = tuple(Example(f"p{n}", "r", int(c), -1) for n, c in enumerate(CLASSES))
+    corpus = Corpus(examples, tuple("abcdef"), {})
+    source = {"files": ["x.jsonl"]}
+    data = {"name": "x", "source": source, "task": "generation", "template": "{q}"}
+    dataset = DatasetSettings(**data, response="a", category="c")
+    settings = ScenarioSettings(dataset=dataset, partition=LAWS[law], clients=6)
+    first, again, other = (
+        json.dumps(partition_record(make_partition(corpus, settings, seed))) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    sets = [part for client in json.loads(first)["clients"] for part in client.values()]
+    together = np.concatenate(sets)
+    assert len(np.unique(together)) == len(together)
 
 
 def test_caps_cut_their_own_set_only() -> None:
