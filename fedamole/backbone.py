@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from fedamole.artifacts import sha256
+from fedamole.backbone_limits import check_bitsandbytes, unquantizable
 from fedamole.datasets.files import package_folder
 from fedamole.errors import FedamoleError
 from fedamole.pools import ModuleShape
@@ -68,7 +70,9 @@ def describe(folder: Path, settings: BackboneSource) -> dict[str, Any]:
     -------
     dict
         ``modules`` (all linear layers: name, in_features, out_features), ``default_targets``,
-        ``num_parameters``, ``model_type``, ``files`` (SHA-256 by name: weights, tokenizer ...).
+        ``num_parameters``, ``model_type``, ``positions`` (longest sequence in tokens, or None),
+        ``attention`` (what transformers itself would choose), ``special_linear`` (classes of linear
+        layers that bitsandbytes leaves alone), ``files`` (SHA-256 by name: weights, tokenizer ...).
     """
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
 
@@ -80,20 +84,50 @@ def describe(folder: Path, settings: BackboneSource) -> dict[str, Any]:
             )
     except (ValueError, ImportError) as error:
         raise _no_model(settings, error) from error
-    head = model.get_output_embeddings()
+    layers = _linear_layers(model)
     modules = [
-        ModuleShape(name, layer.in_features, layer.out_features)
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and layer is not head
+        ModuleShape(name, layer.in_features, layer.out_features) for name, layer in layers.items()
     ]
     return {
         "name": settings.name,
         "model_type": config.model_type,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "default_targets": _names_of_targets(TARGETS.get(config.model_type, []), modules),
+        "positions": _positions(config),
+        "attention": model.config._attn_implementation,
+        "special_linear": _classes(layers.values(), but=nn.Linear),
         "modules": [asdict(module) for module in modules],
         "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
     }
+
+
+def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """All linear layers by name but the output layer, which is mostly the embedding."""
+    head = model.get_output_embeddings()
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and layer is not head
+    }
+
+
+def _classes(layers: Iterable[nn.Module], but: type[nn.Module]) -> list[str]:
+    """Names of the classes of layers that are not exactly of one class."""
+    return sorted({type(layer).__name__ for layer in layers if type(layer) is not but})
+
+
+def _positions(config: Any) -> int | None:
+    """Longest sequence that a model was made for, in tokens; None without a limit (ALiBi)."""
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if getattr(text, "alibi", False) or not isinstance(positions, int):
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("linear", "dynamic", "yarn"):
+        return positions
+    # These stretch the positions; the number above is the stretched one in some models only.
+    original = rope.get("original_max_position_embeddings") or positions
+    return max(positions, int(original * rope.get("factor", 1.0)))
 
 
 def _names_of_targets(default: Any, modules: list[ModuleShape]) -> list[str]:
@@ -109,7 +143,8 @@ def load_backbone(folder: Path, settings: BackboneSettings) -> PreTrainedModel:
     Raises
     ------
     FedamoleError
-        If the files are no causal language model, or the attention is not installed.
+        If the files are no causal language model, the attention is not there, or the weights cannot
+        be quantized.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -117,9 +152,12 @@ def load_backbone(folder: Path, settings: BackboneSettings) -> PreTrainedModel:
             dtype=DTYPES[settings.dtype],
             attn_implementation=settings.attention,
             trust_remote_code=settings.trust_remote_code,
+            **_quantization(settings),
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _no_model(settings, error) from error
+    if settings.quantization:
+        _check_quantized(model, settings)
     model.requires_grad_(False)
     model.eval()
     # A model may come with sampling or a repetition penalty; our greedy decoding has neither.
@@ -130,6 +168,42 @@ def load_backbone(folder: Path, settings: BackboneSettings) -> PreTrainedModel:
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         model.enable_input_require_grads()
     return model
+
+
+def _quantization(settings: BackboneSettings) -> dict[str, Any]:
+    """Arguments that load the linear layers in 4 bits (QLoRA, arXiv:2305.14314)."""
+    if settings.quantization is None:
+        return {}
+    check_bitsandbytes(settings.name, settings)
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=settings.quantization == "nf4-double",
+            bnb_4bit_compute_dtype=DTYPES[settings.dtype],
+        )
+    }
+
+
+def _check_quantized(model: PreTrainedModel, settings: BackboneSettings) -> None:
+    """Make sure that all linear layers are in 4 bits, and stay right on a CPU (as of 0.50)."""
+    from bitsandbytes.nn import Linear4bit
+
+    layers: list[Any] = list(_linear_layers(model).values())
+    if classes := _classes(layers, but=Linear4bit):
+        raise FedamoleError(unquantizable(settings.name, settings, classes))
+    if model.device.type != "cpu":
+        return
+    # There a block of 64 weights that goes on in the next row is unpacked with the wrong scale.
+    if ragged := sorted({layer.in_features for layer in layers if layer.in_features % 64}):
+        raise FedamoleError(
+            f"backbone {settings.name}: quantization {settings.quantization} needs a GPU for "
+            f"linear layers of {ragged} inputs; on a CPU they must be multiples of 64"
+        )
+    for layer in layers:
+        # With AVX512-BF16 the first test would pack the weights anew for a product that rounds more
+        # and has no gradient: clients after it would train wrongly.
+        layer.support_avx512bf16_for_cpu = False
 
 
 def load_tokenizer(folder: Path, settings: BackboneSource) -> PreTrainedTokenizerBase:

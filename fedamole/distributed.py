@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -52,11 +53,20 @@ def process_group(layout: Layout) -> Iterator[tuple[Seat, torch.device]]:
         logging.disable(logging.INFO)
     yield place, device
     # Not after an exception: the other ranks may wait in a collective for ever, and we with them.
-    torch.distributed.destroy_process_group()
+    _destroy_group()
     if layout.ranks > 1:
         _leave_together(store, place, layout)
     for name in ALONE:
         os.environ.pop(name, None)
+
+
+def _destroy_group() -> None:
+    """End the default group; DeepSpeed forgets its copies of it, so that another can follow."""
+    comm = sys.modules.get("deepspeed.comm")
+    if comm is not None and comm.is_initialized():
+        comm.destroy_process_group()
+    else:
+        torch.distributed.destroy_process_group()
 
 
 def _device(place: Seat) -> torch.device:

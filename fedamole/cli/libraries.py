@@ -1,5 +1,6 @@
 """Settings of the libraries below, made before they are imported."""
 
+import logging
 import os
 import sys
 
@@ -13,6 +14,8 @@ def prepare_libraries(offline: bool) -> None:
         Whether everything that is needed is on disk by now: a look at the hub would cost seconds,
         or fail on a compute node.
     """
+    # PEFT imports it where it is installed; it warns of an optional kernel for CPUs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -8,12 +8,19 @@ import math
 from dataclasses import dataclass
 
 from fedamole.config import Config
+from fedamole.planning.contents import contents_of, virtual_tokens
 from fedamole.planning.model_size import ModelSize
 from fedamole.planning.volumes import FLOAT, adapters_of
-from fedamole.planning.workload import RunWork, works_of
+from fedamole.planning.workload import works_of
 
 MB = 2**20
 BYTES = {"float32": 4, "bfloat16": 2}
+# Of a weight in 4 bits and its share of the scales: one of 64 weights in float32, or in 8 bits with
+# one of 256 scales in float32 (Dettmers et al. 2023, arXiv:2305.14314, section 3).
+QUANTIZED = {"nf4": 1 / 2 + 4 / 64, "nf4-double": 1 / 2 + 1 / 64 + 4 / (64 * 256)}
+# Of an attention score where all are kept: its softmax in float32, and the softmax in bfloat16 or
+# the cap of Gemma 2. Other implementations than eager keep none.
+SCORE = 8
 # Python with torch, transformers, PEFT and DeepSpeed: 0.5 GB were measured on a CPU; on a GPU its
 # libraries come on top, and on the device the context, cuBLAS and what the allocator keeps.
 CPU_BASE, GPU_HOST_BASE, GPU_BASE = 700 * MB, 2500 * MB, 1000 * MB
@@ -97,9 +104,26 @@ def gpu_memory(config: Config, size: ModelSize, zero: ZeRO, checkpointing: bool)
     )
 
 
+def weight_bytes(config: Config, size: ModelSize) -> float:
+    """Bytes of all frozen weights; of quantized ones the linear layers are, but for the output."""
+    width = BYTES[config.backbone.dtype]
+    if config.backbone.quantization is None:
+        return size.num_parameters * width
+    others = size.num_parameters - size.num_linear
+    return size.num_linear * QUANTIZED[config.backbone.quantization] + others * width
+
+
+def _unpacked(config: Config, size: ModelSize) -> float:
+    """Bytes of the largest linear layer, where each is unpacked when its turn comes."""
+    if config.backbone.quantization is None:
+        return 0.0
+    largest = max(layer.in_features * layer.out_features for layer in size.layers)
+    return largest * BYTES[config.backbone.dtype]
+
+
 def _weights(config: Config, size: ModelSize, zero: ZeRO) -> float:
     """Frozen weights on the GPU of one rank."""
-    whole = size.num_parameters * BYTES[config.backbone.dtype]
+    whole = weight_bytes(config, size) + _unpacked(config, size)
     if zero.stage < 3:
         return whole
     own = 0 if zero.offload else whole / config.training.ranks
@@ -113,7 +137,11 @@ def _weights(config: Config, size: ModelSize, zero: ZeRO) -> float:
 
 def _adapters(config: Config, size: ModelSize, zero: ZeRO) -> float:
     """Bytes of the largest client's adapters with gradients and Adam's two moments, all float32."""
-    numbers = max(_most_adapters(config, size, work) for work in works_of(config))
+    numbers = max(
+        adapters_of(config, size, scenario, work).most_of_client(config.assignment.max_experts)
+        for scenario in config.scenarios
+        for work in works_of(config)
+    )
     ranks = config.training.ranks
     weights = 1 / ranks if zero.stage == 3 else 1.0
     gradients = 1 / ranks if zero.stage >= 2 else 1.0
@@ -122,16 +150,9 @@ def _adapters(config: Config, size: ModelSize, zero: ZeRO) -> float:
     return FLOAT * numbers * (weights + gradients + optimizer)
 
 
-def _most_adapters(config: Config, size: ModelSize, work: RunWork) -> int:
-    """Trainable numbers of a client with as many experts as it may hold."""
-    adapters = adapters_of(config, size, work)
-    held = min(adapters.experts, config.assignment.max_experts)
-    return (held + 1) * adapters.expert + adapters.token_proj
-
-
 def training_bytes(config: Config, size: ModelSize, checkpointing: bool) -> float:
     """What one forward pass of one rank keeps for its backward pass, logits included."""
-    sequences, length = config.training.sequences_per_pass, _longest(config)
+    sequences, length = _models(config) * config.training.sequences_per_pass, _longest(config)
     layers = size.num_decoder_layers
     everything = activation_bytes(config, size)
     if checkpointing:
@@ -145,11 +166,13 @@ def activation_bytes(config: Config, size: ModelSize) -> float:
 
     A linear layer keeps nothing, but what uses its output does; the gated product of the MLP is one
     more of its width. Both norms keep the residual stream in float32. An HMoLE layer keeps a few
-    numbers for every expert.
+    numbers for every expert, eager attention the scores of all tokens before.
     """
     outputs = sum(layer.out_features for layer in size.layers)
-    middle = max((layer.out_features for layer in size.layers), default=0)
-    kept = BYTES[config.backbone.dtype] * (outputs + size.num_decoder_layers * middle)
+    kept = BYTES[config.backbone.dtype] * (outputs + size.num_decoder_layers * size.gate_width)
+    if config.backbone.attention == "eager":
+        scores = size.num_decoder_layers * size.num_attention_heads * _longest(config)
+        kept += SCORE * scores
     norms = 2 * FLOAT * size.num_decoder_layers * size.hidden_size
     experts = config.assignment.max_experts + 1
     adapted = len(size.adapted(config.adapter.target_modules))
@@ -158,7 +181,7 @@ def activation_bytes(config: Config, size: ModelSize) -> float:
 
 def testing_bytes(config: Config, size: ModelSize) -> float:
     """Largest of the passes without gradients: losses of whole sequences, or generation."""
-    sequences, length = config.evaluation.batch_size, _longest(config)
+    sequences, length = _models(config) * config.evaluation.batch_size, _longest(config)
     width = BYTES[config.backbone.dtype]
     # One layer after another.
     layer = sequences * length * activation_bytes(config, size) / size.num_decoder_layers
@@ -177,8 +200,14 @@ def _logits(config: Config, size: ModelSize, sequences: int) -> float:
 
 
 def _longest(config: Config) -> int:
-    """Longest sequence of the study, in tokens."""
-    return max(scenario.max_length for scenario in config.scenarios)
+    """Longest sequence of the study with a soft prompt before it, in tokens."""
+    prompt = max(virtual_tokens(run, config.prompt) for run in config.runs())
+    return prompt + max(scenario.max_length for scenario in config.scenarios)
+
+
+def _models(config: Config) -> int:
+    """Most models that see a sequence side by side, each with a row of the batch."""
+    return max(contents_of(run).models for run in config.runs())
 
 
 def job_memory_mb(config: Config, size: ModelSize | None) -> int:
@@ -196,7 +225,7 @@ def job_memory_mb(config: Config, size: ModelSize | None) -> int:
 
 def host_bytes(config: Config, size: ModelSize) -> float:
     """Bytes of one process on its host: of all there is on a CPU, of the loaded model for a GPU."""
-    zero, whole = zero_of(config), size.num_parameters * BYTES[config.backbone.dtype]
+    zero, whole = zero_of(config), weight_bytes(config, size) + _unpacked(config, size)
     # Every rank loads the whole model; ZeRO-3 then cuts its own slice out of it.
     sliced = whole / config.training.ranks if zero.stage == 3 else 0.0
     adapters = _adapters(config, size, zero)

@@ -24,10 +24,16 @@ NAMES = {
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads"),
     "head_dim": ("head_dim",),
     "vocab_size": ("vocab_size",),
+    "word_embed_proj_dim": ("word_embed_proj_dim",),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions"),
     "tie_word_embeddings": ("tie_word_embeddings",),
 }
-# PEFT's default for Llama, Qwen, Gemma and most others.
-DEFAULT_TARGETS = ("q_proj", "v_proj")
+# PEFT's defaults, by family.
+DEFAULT_TARGETS = {
+    "llama": ("q_proj", "v_proj"),
+    "opt": ("q_proj", "v_proj"),
+    "falcon": ("query_key_value",),
+}
 
 
 class LinearLayer(NamedTuple):
@@ -52,8 +58,10 @@ class ModelSize:
         Ends of the names of the layers that are adapted unless the config says which.
     vocab_size
         Tokens of the vocabulary.
+    num_attention_heads
+        Heads of a decoder layer.
     exact
-        Counted in the prepared model, not by the formula of a decoder with gated MLPs.
+        Counted in the prepared model, not by the formula of its family.
     source
         Where the sizes come from, for people.
     """
@@ -62,6 +70,7 @@ class ModelSize:
     layers: tuple[LinearLayer, ...]
     default_targets: tuple[str, ...]
     vocab_size: int
+    num_attention_heads: int
     exact: bool
     source: str
 
@@ -85,13 +94,29 @@ class ModelSize:
     @cached_property
     def key_value_width(self) -> int:
         """Numbers that keys and values of one token and decoder layer have together."""
-        keys = [layer.out_features for layer in self.layers if layer.name.endswith(".k_proj")]
-        return 2 * max(keys, default=self.hidden_size)
+        if fused := self._widths("query_key_value"):
+            # What is left of them when the queries are taken away, which are as wide as the input.
+            return max(fused) - self.hidden_size
+        return 2 * max(self._widths("k_proj"), default=self.hidden_size)
+
+    @cached_property
+    def gate_width(self) -> int:
+        """Width of the gate of the MLP; 0 without one."""
+        return max(self._widths("gate_proj") + self._widths("gate_up_proj"), default=0)
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of the token embeddings, narrower than the residual stream in OPT-350M."""
+        return max(self._widths("project_out"), default=self.hidden_size)
 
     @property
     def num_head(self) -> int:
-        """Parameters of the output layer."""
-        return self.hidden_size * self.vocab_size
+        """Parameters of the output layer, which reads what is as wide as an embedding."""
+        return self.embedding_width * self.vocab_size
+
+    def _widths(self, name: str) -> list[int]:
+        """Outputs of all layers whose name ends so."""
+        return [layer.out_features for layer in self.layers if layer.name.endswith(f".{name}")]
 
     def adapted(self, targets: list[str] | None) -> list[LinearLayer]:
         """Layers that get adapters; what :func:`fedamole.targets.target_modules` chooses."""
@@ -131,27 +156,54 @@ def model_size(backbone: BackboneSettings, prepared: Path) -> ModelSize | None:
 
 
 def of_dimensions(size: BackboneSize, source: str) -> ModelSize:
-    """Count the parameters of a decoder with gated MLPs, RMS norms and no biases, as Llama is."""
-    layers = tuple(_decoder_layers(size))
+    """Count the parameters of a decoder.
+
+    Exact for Llama; for other families biases and a few norms are left out, which are less than a
+    thousandth of the model.
+    """
+    layers = tuple(_linear_layers(size))
     linear = sum(layer.in_features * layer.out_features for layer in layers)
     norms = (2 * size.num_hidden_layers + 1) * size.hidden_size
-    embeddings = (1 if size.tie_word_embeddings else 2) * size.vocab_size * size.hidden_size
+    embeddings = (1 if size.tie_word_embeddings else 2) * size.vocab_size
+    embeddings *= size.word_embed_proj_dim or size.hidden_size
+    if size.family == "opt":
+        # Positions are learned, and numbered from 2.
+        embeddings += ((size.max_position_embeddings or 0) + 2) * size.hidden_size
     return ModelSize(
         num_parameters=linear + norms + embeddings,
         layers=layers,
-        default_targets=DEFAULT_TARGETS,
+        default_targets=DEFAULT_TARGETS[size.family],
         vocab_size=size.vocab_size,
+        num_attention_heads=size.num_attention_heads,
         exact=False,
         source=source,
     )
 
 
-def _decoder_layers(size: BackboneSize) -> Iterator[LinearLayer]:
-    """List the linear layers in the order and with the names of Llama."""
-    hidden, middle, heads = size.hidden_size, size.intermediate_size, size.num_attention_heads
-    head = size.head_dim or hidden // heads
-    queries, keys = heads * head, (size.num_key_value_heads or heads) * head
-    shapes = {
+def _linear_layers(size: BackboneSize) -> Iterator[LinearLayer]:
+    """List the linear layers with the names that transformers gives them."""
+    shapes = {"llama": _of_llama, "opt": _of_opt, "falcon": _of_falcon}[size.family](size)
+    prefix = {"llama": "model.layers", "opt": "model.decoder.layers", "falcon": "transformer.h"}
+    for number in range(size.num_hidden_layers):
+        for name, shape in shapes.items():
+            yield LinearLayer(f"{prefix[size.family]}.{number}.{name}", *shape)
+    if size.word_embed_proj_dim and size.word_embed_proj_dim != size.hidden_size:
+        yield LinearLayer("model.decoder.project_out", size.hidden_size, size.word_embed_proj_dim)
+        yield LinearLayer("model.decoder.project_in", size.word_embed_proj_dim, size.hidden_size)
+
+
+def _widths_of_heads(size: BackboneSize) -> tuple[int, int]:
+    """Width of all queries of a token, and of its keys or values."""
+    heads = size.num_attention_heads
+    head = size.head_dim or size.hidden_size // heads
+    return heads * head, (size.num_key_value_heads or heads) * head
+
+
+def _of_llama(size: BackboneSize) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the linear layers of a decoder layer, in the order of the model."""
+    hidden, middle = size.hidden_size, size.intermediate_size
+    queries, keys = _widths_of_heads(size)
+    return {
         "self_attn.q_proj": (hidden, queries),
         "self_attn.k_proj": (hidden, keys),
         "self_attn.v_proj": (hidden, keys),
@@ -160,9 +212,25 @@ def _decoder_layers(size: BackboneSize) -> Iterator[LinearLayer]:
         "mlp.up_proj": (hidden, middle),
         "mlp.down_proj": (middle, hidden),
     }
-    for number in range(size.num_hidden_layers):
-        for name, shape in shapes.items():
-            yield LinearLayer(f"model.layers.{number}.{name}", *shape)
+
+
+def _of_opt(size: BackboneSize) -> dict[str, tuple[int, int]]:
+    """As :func:`_of_llama`."""
+    hidden, middle = size.hidden_size, size.intermediate_size
+    attention = {f"self_attn.{name}_proj": (hidden, hidden) for name in ("k", "v", "q", "out")}
+    return attention | {"fc1": (hidden, middle), "fc2": (middle, hidden)}
+
+
+def _of_falcon(size: BackboneSize) -> dict[str, tuple[int, int]]:
+    """As :func:`_of_llama`."""
+    hidden, middle = size.hidden_size, size.intermediate_size
+    queries, keys = _widths_of_heads(size)
+    return {
+        "self_attention.query_key_value": (hidden, queries + 2 * keys),
+        "self_attention.dense": (hidden, hidden),
+        "mlp.dense_h_to_4h": (hidden, middle),
+        "mlp.dense_4h_to_h": (middle, hidden),
+    }
 
 
 def _generated(model: GeneratedBackbone) -> BackboneSize:
@@ -186,30 +254,48 @@ def _of_prepared(folder: Path) -> ModelSize | None:
             layers=tuple(LinearLayer(**layer) for layer in facts["modules"]),
             default_targets=tuple(facts["default_targets"]),
             vocab_size=0,
+            num_attention_heads=1,
             exact=True,
             source=str(folder / "backbone.json"),
         )
     except (FedamoleError, LookupError, TypeError):
         # The workflow will make it again, and says then what is wrong.
         return None
-    vocab_size = _config(folder / "config.json").get("vocab_size")
-    if not isinstance(vocab_size, int):
-        # What is no linear layer is mostly the embedding.
-        vocab_size = (size.num_parameters - size.num_linear) // size.hidden_size
-    return replace(size, vocab_size=vocab_size)
+    named = _named(_config(folder / "config.json"))
+    # What is no linear layer is mostly the embedding.
+    vocab_size = (size.num_parameters - size.num_linear) // size.hidden_size
+    return replace(
+        size,
+        vocab_size=named.get("vocab_size", vocab_size),
+        num_attention_heads=named.get("num_attention_heads", 1),
+    )
 
 
 def _read_dimensions(path: Path) -> BackboneSize | None:
     """Read the sizes in a ``config.json``; None where one is missing."""
     config = _config(path)
+    found = _named(config)
+    model_type = config.get("model_type")
+    if model_type in DEFAULT_TARGETS:
+        found["family"] = model_type
+    if model_type == "falcon":
+        if config.get("multi_query", True) and not config.get("new_decoder_architecture"):
+            found["num_key_value_heads"] = 1
+        if "hidden_size" in found:
+            found.setdefault("intermediate_size", 4 * found["hidden_size"])
+    try:
+        return BackboneSize(**found)
+    except ValueError:
+        return None
+
+
+def _named(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ``config.json`` says of the sizes, by our names."""
     found = {
         name: next((config[key] for key in keys if config.get(key) is not None), None)
         for name, keys in NAMES.items()
     }
-    try:
-        return BackboneSize(**{name: value for name, value in found.items() if value is not None})
-    except ValueError:
-        return None
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _config(path: Path) -> Mapping[str, Any]:

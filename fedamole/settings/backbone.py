@@ -73,9 +73,14 @@ class BackboneLoading(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the frozen weights. Adapters are float32 whatever this says."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    """Attention implementation of transformers. Gemma 2 caps its attention scores, which sdpa does
+    not do: it needs one of the others."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    quantization: Literal["nf4", "nf4-double"] | None = None
+    """Keep the frozen linear layers in 4 bits (NormalFloat of QLoRA, by bitsandbytes) and compute
+    in dtype. Each block of 64 weights has a scale in float32; nf4-double keeps these in 8 bits.
+    Needs ``pip install 'fedamole[quantization]'``. For GPUs: a CPU saves memory and loses time."""
 
     @model_validator(mode="after")
     def _attention_knows_the_dtype(self) -> "BackboneLoading":
@@ -85,8 +90,14 @@ class BackboneLoading(Section):
 
 
 class BackboneSize(Section):
-    """Sizes of the model, by the names of its ``config.json``; for estimates only."""
+    """Sizes of the model, by the names of its ``config.json``; they change no number.
 
+    Estimates follow from them, and sequences that are too long are refused before anything runs.
+    """
+
+    family: Literal["llama", "opt", "falcon"] = "llama"
+    """Which linear layers a decoder layer has. ``llama`` stands for all models with separate
+    projections of queries, keys and values and a gated MLP: also Qwen, Gemma, Mistral, SmolLM."""
     hidden_size: int = Field(ge=1)
     """Width of the residual stream."""
     num_hidden_layers: int = Field(ge=1)
@@ -101,6 +112,11 @@ class BackboneSize(Section):
     """Width of a head; default: hidden_size / num_attention_heads."""
     vocab_size: int = Field(ge=1)
     """Size of the vocabulary."""
+    word_embed_proj_dim: int | None = Field(default=None, ge=1)
+    """Width of the embeddings where two layers project them to hidden_size and back (OPT-350M)."""
+    max_position_embeddings: int | None = Field(default=None, ge=1)
+    """Longest sequence that the model has positions for, in tokens; leave it out for models without
+    such a limit (ALiBi)."""
     tie_word_embeddings: bool = True
     """Whether the output layer shares the weights of the input embedding."""
 

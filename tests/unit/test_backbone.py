@@ -1,5 +1,6 @@
 """Every source of a backbone ends in the same kind of folder; mistakes are one clear line."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -61,6 +62,40 @@ def test_a_local_folder_is_linked_not_copied(tiny: Path, tmp_path: Path) -> None
     expected = load_backbone(tiny, TINY).state_dict()
     for name, tensor in load_backbone(tmp_path / "linked", settings).state_dict().items():
         assert torch.equal(tensor, expected[name])
+
+
+def test_weights_in_the_format_of_torch_are_read(tiny: Path, tmp_path: Path) -> None:
+    """OPT-350M and other older models come so."""
+    shutil.copytree(tiny, tmp_path / "older")
+    (tmp_path / "older" / "model.safetensors").unlink()
+    expected = load_backbone(tiny, TINY).state_dict()
+    torch.save(expected, tmp_path / "older" / "pytorch_model.bin")
+    settings = BackboneSettings(name="older", folder=str(tmp_path / "older"))
+    prepare_backbone(tmp_path / "linked", settings, [])
+    found = load_backbone(tmp_path / "linked", settings).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def positions(tiny: Path, folder: Path, **changes: Any) -> int | None:
+    """What is said of the positions of a model with another config.json."""
+    folder.mkdir()
+    config = json.loads((tiny / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    found: int | None = describe(folder, TINY)["positions"]
+    return found
+
+
+def test_stretched_positions_count_as_many_as_they_become(tiny: Path, tmp_path: Path) -> None:
+    """Models say before or after stretching in max_position_embeddings."""
+    assert positions(tiny, tmp_path / "plain") == 2048
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    assert positions(tiny, tmp_path / "before", rope_parameters=yarn) == 4 * 2048
+    yarn["original_max_position_embeddings"] = 512
+    assert positions(tiny, tmp_path / "after", rope_parameters=yarn) == 2048
+    llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 32.0}
+    llama3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3["original_max_position_embeddings"] = 256
+    assert positions(tiny, tmp_path / "llama3", rope_parameters=llama3) == 2048
 
 
 def test_facts_list_the_linear_layers_but_not_the_head(tiny: Path) -> None:
