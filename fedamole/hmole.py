@@ -9,6 +9,9 @@ Model Architectures", arXiv:2411.19128. Per token x of a frozen linear layer W0:
 Dense formulation: one product with all A and P stacked, one with all B stacked, weights in between.
 No loop over experts and no shape that depends on data, so every parameter takes part in every step:
 ZeRO-3 gathers the same tensors on all ranks whatever the routing is.
+
+For ablations and rival methods there are two other routers, a linear gate and weights from outside
+(:mod:`fedamole.routing`), and the last routed experts may be frozen.
 """
 
 # Axes: B = sequences, T = tokens, D = d_in, O = d_out, R = rank,
@@ -19,27 +22,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedamole.errors import FedamoleError
-from fedamole.hmole_function import Mixture, combine, project
-
-
-@dataclass
-class RoutingContext:
-    """What the layers of one model must know about the batch that runs through them.
-
-    Whoever runs the model sets it before each forward pass (`hmole_peft` does so by itself).
-    Gradient checkpointing reads it once more when it recomputes a layer: run the backward pass of a
-    batch before the forward pass of the next.
-    """
-
-    token_mask_BT: Tensor | None = None
-    """True where a token is real, one row per sequence; None when every token is."""
+from fedamole.hmole_function import combine, project
+from fedamole.routing import ROUTERS, Mixture, Router, RoutingContext
 
 
 class HMoLELinear(nn.Module):
@@ -60,27 +50,39 @@ class HMoLELinear(nn.Module):
     num_experts
         N, the experts tokens are routed among; 0 for none.
     top_k
-        Experts per token, 1 <= top_k <= num_experts; unused without routed experts.
+        Experts per token, 1 <= top_k <= num_experts; unused without routed experts and by the
+        router "given".
     dropout
         Probability of dropping an element of x on the LoRA path while training, in [0, 1). The mask
         is drawn from a seed that comes from torch's global CPU generator.
     shared_expert
         Whether one more expert sees every token with weight 1.
+    router
+        What the weights of the routed experts follow from: "embedding" as above; "linear", a
+        trained gate G with p = softmax(G x), and the rest as above; "given", for each sequence
+        `routing_context.expert_weights_BN`, without top-k, balance loss and counts.
+    frozen_experts
+        The last so many routed experts get a gradient of exactly 0 in A and B, whatever their
+        weights; an optimizer without weight decay then leaves every bit of them. The router is
+        trained all the same. At most num_experts.
 
     Attributes
     ----------
     lora_A, lora_B
         Shapes (M, r, d_in) and (M, d_out, r); the shared expert is the last row.
     token_proj
-        P, shape (r, d_in); None without routed experts.
+        P, shape (r, d_in); None without routed experts and for the other routers.
+    gate
+        G, shape (N, d_in), of the router "linear"; otherwise None.
     balance_loss_B
         N * sum_i mean_t(p_i) * f_i of each sequence of the last forward pass, over its real tokens;
         0 for a sequence without any. f_i is the fraction of (token, slot) pairs routed to expert i
-        and carries no gradient. None before the first pass.
+        and carries no gradient. 0 for given weights. None before the first pass.
     routed_tokens_N
-        Real tokens the last forward pass sent to each expert, int64 on the device of the layer.
+        Real tokens the last forward pass sent to each expert, int64 on the device of the layer;
+        0 for given weights.
     routing_context
-        The padding mask of the batch, shared by all layers of a model.
+        The padding mask of the batch and given weights, shared by all layers of a model.
 
     Raises
     ------
@@ -97,14 +99,28 @@ class HMoLELinear(nn.Module):
         top_k: int,
         dropout: float = 0.0,
         shared_expert: bool = True,
+        router: Router = "embedding",
+        frozen_experts: int = 0,
     ) -> None:
         super().__init__()
-        check_arguments(base_layer, rank, alpha, num_experts, top_k, dropout, shared_expert)
+        check_arguments(
+            base_layer,
+            rank,
+            alpha,
+            num_experts,
+            top_k,
+            dropout,
+            shared_expert,
+            router,
+            frozen_experts,
+        )
         self.base_layer = base_layer
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.num_experts, self.top_k, self.shared_expert = num_experts, top_k, shared_expert
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self.mixture = Mixture(num_experts, rank, max(1, top_k), alpha / rank)
+        self.router, self.frozen_experts = router, frozen_experts
+        scale = alpha / rank
+        self.mixture = Mixture(num_experts, rank, max(1, top_k), scale, router, frozen_experts)
         self.routing_context = RoutingContext()
         self.balance_loss_B: Tensor | None = None
         self.routed_tokens_N: Tensor | None = None
@@ -122,19 +138,23 @@ class HMoLELinear(nn.Module):
         self.lora_A = empty(num_held, self.rank, self.in_features)
         self.lora_B = empty(num_held, self.out_features, self.rank)
         self.token_proj: nn.Parameter | None = None
-        if self.num_experts > 0:
+        self.gate: nn.Parameter | None = None
+        if self.num_experts > 0 and self.router == "embedding":
             self.token_proj = empty(self.rank, self.in_features)
+        if self.num_experts > 0 and self.router == "linear":
+            self.gate = empty(self.num_experts, self.in_features)
 
     def reset_parameters(self) -> None:
-        """Set B to 0, so that the layer equals its base, and draw every A_i and P anew.
+        """Set B to 0, so that the layer equals its base, and draw every A_i and P or G anew.
 
-        The law is PEFT's and `nn.Linear`'s: Kaiming uniform with a = sqrt(5), which for r x d_in
-        matrices is U(-1/sqrt(d_in), 1/sqrt(d_in)).
+        The law is PEFT's and `nn.Linear`'s: Kaiming uniform with a = sqrt(5), which for matrices of
+        d_in columns is U(-1/sqrt(d_in), 1/sqrt(d_in)).
         """
         bound = 1.0 / math.sqrt(self.in_features)
         nn.init.uniform_(self.lora_A, -bound, bound)
-        if self.token_proj is not None:
-            nn.init.uniform_(self.token_proj, -bound, bound)
+        for weight in (self.token_proj, self.gate):
+            if weight is not None:
+                nn.init.uniform_(weight, -bound, bound)
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,9 +173,10 @@ class HMoLELinear(nn.Module):
         Raises
         ------
         ValueError
-            If the mask of the routing context does not have one value per token.
+            If the mask of the routing context does not have one value per token, or the weights of
+            the router "given" are missing or of another shape.
         """
-        token_mask_BT = self._token_mask(x)
+        token_mask_BT = self.routing_context.mask_for(x)
         num_sequences = x.shape[0] if x.dim() > 2 else 1
         if token_mask_BT is not None:
             num_sequences = token_mask_BT.shape[0]
@@ -166,7 +187,7 @@ class HMoLELinear(nn.Module):
         through_TD, projected_TX, dropped_TL = project(
             x.reshape(-1, self.in_features),
             self.lora_A,
-            self.token_proj,
+            self.token_proj if self.gate is None else self.gate,
             self.mixture,
             dropout,
             seed,
@@ -180,6 +201,7 @@ class HMoLELinear(nn.Module):
             token_mask_T,
             num_sequences,
             self.mixture,
+            self._given_weights(num_sequences),
         )
         if not _inside_backward():
             self.balance_loss_B, self.routed_tokens_N = balance_loss_B, routed_tokens_N
@@ -196,19 +218,10 @@ class HMoLELinear(nn.Module):
         """Forget the balance loss and the counts of the last forward pass."""
         self.balance_loss_B = self.routed_tokens_N = None
 
-    def _token_mask(self, x: Tensor) -> Tensor | None:
-        mask_BT = self.routing_context.token_mask_BT
-        if mask_BT is None:
+    def _given_weights(self, num_sequences: int) -> Tensor | None:
+        if self.router != "given" or self.num_experts == 0:
             return None
-        matches = mask_BT.numel() == x.shape[:-1].numel() and (
-            x.dim() == 2 or mask_BT.shape[0] == x.shape[0]
-        )
-        if not matches:
-            raise ValueError(
-                f"token mask of shape {tuple(mask_BT.shape)} does not fit an input of shape "
-                f"{tuple(x.shape)}; it needs one value per token"
-            )
-        return mask_BT.to(device=x.device, dtype=torch.bool)
+        return self.routing_context.weights_for(num_sequences, self.num_experts, self.lora_A)
 
     def start_collecting(self) -> None:
         """Start the running mean of the input over real tokens at zero.
@@ -264,10 +277,13 @@ class HMoLELinear(nn.Module):
         Raises
         ------
         FedamoleError
-            If no real token has been collected, or the layer has no routed experts.
+            If no real token has been collected, or the layer has no token projection.
         """
         if self.token_proj is None:
-            raise FedamoleError("a layer without routed experts (num_experts=0) has no embeddings")
+            raise FedamoleError(
+                f"a layer of num_experts={self.num_experts} and router={self.router!r} has no "
+                'embeddings; they need routed experts and the router "embedding"'
+            )
         return embed(self.input_mean(), self.lora_A[: self.num_experts], self.token_proj)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -278,7 +294,8 @@ class HMoLELinear(nn.Module):
         """Return the arguments for `repr`."""
         return (
             f"rank={self.rank}, alpha={self.alpha}, num_experts={self.num_experts}, "
-            f"top_k={self.top_k}, dropout={self.dropout}, shared_expert={self.shared_expert}"
+            f"top_k={self.top_k}, dropout={self.dropout}, shared_expert={self.shared_expert}, "
+            f"router={self.router!r}, frozen_experts={self.frozen_experts}"
         )
 
 
@@ -325,6 +342,8 @@ def check_arguments(
     top_k: int,
     dropout: float,
     shared_expert: bool,
+    router: Router = "embedding",
+    frozen_experts: int = 0,
 ) -> None:
     """Raise the ValueError that `HMoLELinear` raises for these arguments, if any."""
     if not isinstance(base_layer, nn.Linear):
@@ -339,9 +358,17 @@ def check_arguments(
         raise ValueError(f"num_experts must not be negative, got {num_experts}")
     if num_experts == 0 and not shared_expert:
         raise ValueError("num_experts=0 without a shared expert leaves nothing to train")
-    if num_experts > 0 and top_k < 1:
+    if router not in ROUTERS:
+        raise ValueError(f"router must be one of {', '.join(ROUTERS)}, got {router!r}")
+    if not 0 <= frozen_experts <= num_experts:
+        raise ValueError(
+            f"frozen_experts must be in 0 to num_experts={num_experts}, got {frozen_experts}"
+        )
+    if num_experts == 0 or router == "given":
+        return
+    if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if 0 < num_experts < top_k:
+    if num_experts < top_k:
         raise ValueError(
             f"num_experts={num_experts} is less than top_k={top_k}; every token needs top_k experts"
         )

@@ -6,6 +6,8 @@ stays an ordinary module call (ZeRO-3 and quantised layers depend on that):
     x, h, d = project(x)          h = [A; P] x and, with dropout, d = A drop(x)
     y       = combine(W0 x, h, d)
 
+P stands for the weight of the router: a token projection (r, d_in), a gate (N, d_in), or nothing.
+
 Between them they keep x and activations of a few columns per token. Parameters are saved as the
 leaves they are, never as stacked copies: ZeRO-3 gathers a leaf again for the backward pass.
 Everything is computed in the dtype of the parameters, whatever the dtype of x or autocast says.
@@ -13,28 +15,18 @@ Everything is computed in the dtype of the parameters, whatever the dtype of x o
 
 # Axes: B = sequences, T = tokens (of all sequences), D = d_in, O = d_out, R = rank,
 #       N = routed experts, M = experts held (N, and the shared one last), L = M * R,
-#       X = columns of h: L + R without dropout; N * R + R with it
+#       S = rows of the router's weight (R, N or 0), X = columns of h: L + S without dropout;
+#       with it N * R + S where the router reads A x, else S
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-class Mixture(NamedTuple):
-    """Sizes and constants of one HMoLE layer."""
-
-    num_experts: int
-    """N, the routed experts."""
-    rank: int
-    """R, the rows of every A_i."""
-    top_k: int
-    """Experts a token is sent to; at most N."""
-    scale: float
-    """s = alpha / r."""
+from fedamole.routing import Mixture, Routing, route, route_backward
 
 
 def dropped_elements(shape: torch.Size, dropout: float, seed: int, device: torch.device) -> Tensor:
@@ -54,12 +46,12 @@ def dropped_elements(shape: torch.Size, dropout: float, seed: int, device: torch
 def project(
     x_TD: Tensor,
     lora_A: Tensor,
-    token_proj: Tensor | None,
+    router_weight: Tensor | None,
     mixture: Mixture,
     dropout: float = 0.0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Project the tokens on every A and on P in one product.
+    """Project the tokens on every A and on the weight of the router in one product.
 
     Parameters
     ----------
@@ -67,8 +59,8 @@ def project(
         Tokens, any floating dtype.
     lora_A
         Shape (M, R, D), the shared expert last.
-    token_proj
-        P, shape (R, D); None for a layer without routed experts.
+    router_weight
+        P, shape (R, D), or the gate, shape (N, D); None for a router without parameters.
     mixture
         Sizes of the layer.
     dropout
@@ -82,13 +74,14 @@ def project(
         The input again. Give this one to the base layer: its gradient then arrives here and is
         added to inside a matrix product instead of in a pass of its own.
     projected_XT
-        All A x and P x without dropout; with dropout only the routed experts' A x, and P x. Tokens
-        run along the last axis: everything between the two products is then vectorised over them.
+        All A x and P x without dropout; with dropout only what the router reads: P x, and before
+        it the routed experts' A x if it embeds. Tokens run along the last axis: everything between
+        the two products is then vectorised over them.
     dropped_LT
         All A drop(x); None without dropout.
     """
     through_TD, projected_XT, dropped_LT = _Project.apply(
-        x_TD, lora_A, token_proj, mixture, dropout, seed
+        x_TD, lora_A, router_weight, mixture, dropout, seed
     )
     return (through_TD if x_TD.requires_grad else x_TD), projected_XT, dropped_LT
 
@@ -101,6 +94,7 @@ def combine(
     token_mask_T: Tensor | None,
     num_sequences: int,
     mixture: Mixture,
+    expert_weights_BN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Route the tokens and add the weighted experts to the output of the base layer.
 
@@ -118,19 +112,25 @@ def combine(
         B; the tokens of a sequence are contiguous and all sequences have T / B tokens.
     mixture
         Sizes of the layer.
+    expert_weights_BN
+        Weights of the routed experts; None where they follow from scores.
 
     Returns
     -------
     y_TO
         The output of the layer.
-    balance_loss_B
-        N * sum_i mean_t(p_i) * f_i per sequence over its real tokens; 0 for a sequence without one.
-        No gradient flows through f, the fraction of (token, slot) pairs routed to expert i.
-    routed_tokens_N
-        Real tokens sent to each expert, int64.
+    balance_loss_B, routed_tokens_N
+        As :func:`fedamole.routing.route` gives them.
     """
     return _Combine.apply(
-        base_TO, projected_XT, dropped_LT, lora_B, token_mask_T, num_sequences, mixture
+        base_TO,
+        projected_XT,
+        dropped_LT,
+        lora_B,
+        token_mask_T,
+        num_sequences,
+        mixture,
+        expert_weights_BN,
     )
 
 
@@ -139,15 +139,22 @@ def _full_precision(tensor: Tensor) -> torch.autocast:
     return torch.autocast(device_type=tensor.device.type, enabled=False)
 
 
-def _stacked_projections(lora_A: Tensor, token_proj: Tensor | None) -> Tensor:
+def _stacked_projections(lora_A: Tensor, router_weight: Tensor | None) -> Tensor:
     """Return [A; P] with one row per column of the projection."""
     rows_LD = lora_A.flatten(0, 1)
-    return rows_LD if token_proj is None else torch.cat((rows_LD, token_proj))
+    return rows_LD if router_weight is None else torch.cat((rows_LD, router_weight))
 
 
 def _stacked_outputs(lora_B: Tensor) -> Tensor:
     """Return all B_i side by side and transposed, shape (L, O)."""
     return lora_B.transpose(1, 2).reshape(-1, lora_B.shape[1])
+
+
+def _num_projected(lora_A: Tensor, mixture: Mixture, dropout: float) -> int:
+    """Return how many A the first product takes: with dropout only those that the router reads."""
+    if not dropout:
+        return lora_A.shape[0]
+    return mixture.num_experts if mixture.router == "embedding" else 0
 
 
 class _Project(torch.autograd.Function):
@@ -156,18 +163,19 @@ class _Project(torch.autograd.Function):
         ctx: Any,
         x_TD: Tensor,
         lora_A: Tensor,
-        token_proj: Tensor | None,
+        router_weight: Tensor | None,
         mixture: Mixture,
         dropout: float,
         seed: int,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        ctx.save_for_backward(x_TD, lora_A, token_proj)
+        ctx.save_for_backward(x_TD, lora_A, router_weight)
         ctx.set_materialize_grads(False)
-        ctx.num_routed = mixture.num_experts if dropout else lora_A.shape[0]
+        ctx.num_projected = _num_projected(lora_A, mixture, dropout)
+        ctx.frozen = mixture.frozen
         ctx.dropout, ctx.seed = dropout, seed
         with _full_precision(x_TD):
             tokens_TD = x_TD.to(lora_A.dtype)
-            stacked_XD = _stacked_projections(lora_A[: ctx.num_routed], token_proj)
+            stacked_XD = _stacked_projections(lora_A[: ctx.num_projected], router_weight)
             projected_XT = _transposed(tokens_TD @ stacked_XD.T)
             dropped_LT = None
             if dropout:
@@ -196,20 +204,20 @@ def _project_backward(
     grad_XT: Tensor | None,
     grad_LT: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x, A and P."""
-    x_TD, lora_A, token_proj = saved
+    """Return the gradients of x, A and the weight of the router."""
+    x_TD, lora_A, router_weight = saved
     needs_x, needs_parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
     tokens_TD = x_TD.to(lora_A.dtype)
     grad_A = grad_P = None
     if grad_XT is not None:
         if needs_x:
-            stacked_XD = _stacked_projections(lora_A[: ctx.num_routed], token_proj)
+            stacked_XD = _stacked_projections(lora_A[: ctx.num_projected], router_weight)
             grad_TD = _add_product(grad_TD, _transposed(grad_XT), stacked_XD)
         if needs_parameters:
-            rows = ctx.num_routed * lora_A.shape[1]
+            rows = ctx.num_projected * lora_A.shape[1]
             grad_XD = grad_XT @ tokens_TD
-            grad_A = grad_XD[:rows].view(ctx.num_routed, *lora_A.shape[1:])
-            grad_P = grad_XD[rows:] if token_proj is not None else None
+            grad_A = grad_XD[:rows].view(ctx.num_projected, *lora_A.shape[1:])
+            grad_P = grad_XD[rows:] if router_weight is not None else None
     if grad_LT is not None:
         grad_LT = grad_LT / (1.0 - ctx.dropout)
         drop_TD = dropped_elements(x_TD.shape, ctx.dropout, ctx.seed, x_TD.device)
@@ -221,8 +229,10 @@ def _project_backward(
             kept_TD = torch.where(drop_TD, tokens_TD.new_zeros(()), tokens_TD)
             path_MRD = (grad_LT @ kept_TD).view_as(lora_A)
             if grad_A is not None:
-                path_MRD[: ctx.num_routed] += grad_A
+                path_MRD[: ctx.num_projected] += grad_A
             grad_A = path_MRD
+    if grad_A is not None:
+        grad_A[ctx.frozen] = 0.0
     if grad_TD is not None:
         grad_TD = grad_TD.to(x_TD.dtype)
     return grad_TD if needs_x else None, grad_A, grad_P
@@ -255,19 +265,17 @@ class _Combine(torch.autograd.Function):
         token_mask_T: Tensor | None,
         num_sequences: int,
         mixture: Mixture,
+        expert_weights_BN: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with _full_precision(projected_XT):
-            p_NT, selected_NT = _route(projected_XT, mixture)
-            q_NT = p_NT * selected_NT
-            q_NT /= q_NT.sum(0)
-            loss_B, slope_NB, routed_N = _balance(
-                p_NT, selected_NT, token_mask_T, num_sequences, mixture.top_k
+            routing, loss_B, routed_N = route(
+                projected_XT, expert_weights_BN, token_mask_T, num_sequences, mixture
             )
             lora_MRT = _lora_activations(projected_XT, dropped_LT, lora_B)
-            weighted_LT = (lora_MRT * _weights(q_NT, lora_B, mixture.scale)).flatten(0, 1)
+            weighted_LT = (lora_MRT * _weights(routing.q_NT, lora_B, mixture.scale)).flatten(0, 1)
             y_TO = _add_product(base_TO, _transposed(weighted_LT), _stacked_outputs(lora_B))
         ctx.mixture = mixture
-        ctx.save_for_backward(projected_XT, dropped_LT, lora_B, p_NT, q_NT, slope_NB, token_mask_T)
+        ctx.save_for_backward(projected_XT, dropped_LT, lora_B, token_mask_T, *routing)
         ctx.mark_non_differentiable(routed_N)
         return y_TO.to(base_TO.dtype), loss_B, routed_N
 
@@ -278,32 +286,58 @@ class _Combine(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         with _full_precision(grad_TO):
             grads = _combine_backward(ctx.mixture, ctx.saved_tensors, grad_TO, grad_loss_B)
-        return (grad_TO, *grads, None, None, None)
+        return (grad_TO, *grads, None, None, None, None)
 
 
 def _combine_backward(
     mixture: Mixture, saved: tuple[Tensor, ...], grad_TO: Tensor, grad_loss_B: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Return the gradients of `projected_XT`, `dropped_LT` and `lora_B`."""
-    projected_XT, dropped_LT, lora_B, p_NT, q_NT, slope_NB, token_mask_T = saved
+    projected_XT, dropped_LT, lora_B, token_mask_T = saved[:4]
+    routing = Routing(*saved[4:])
     grad_TO = grad_TO.to(lora_B.dtype)
     num_experts = mixture.num_experts
     lora_MRT = _lora_activations(projected_XT, dropped_LT, lora_B)
-    weights_M1T = _weights(q_NT, lora_B, mixture.scale)
+    weights_M1T = _weights(routing.q_NT, lora_B, mixture.scale)
     grad_LO = (lora_MRT * weights_M1T).flatten(0, 1) @ grad_TO
     grad_B = grad_LO.view(*lora_MRT.shape[:2], -1).transpose(1, 2).contiguous()
+    grad_B[mixture.frozen] = 0.0
     grad_MRT = _transposed(grad_TO @ _stacked_outputs(lora_B).T).view_as(lora_MRT)
-    grad_q_NT = (grad_MRT[:num_experts] * lora_MRT[:num_experts]).sum(1).mul_(mixture.scale)
+    grad_read = None
+    if routing.p_NT is not None:
+        grad_q_NT = (grad_MRT[:num_experts] * lora_MRT[:num_experts]).sum(1).mul_(mixture.scale)
+        grad_read = route_backward(
+            routing, grad_q_NT, grad_loss_B, projected_XT, token_mask_T, mixture
+        )
     grad_MRT *= weights_M1T
+    return (*_column_gradients(grad_MRT, grad_read, dropped_LT is None), grad_B)
 
-    grad_p_NT = _balance_backward(grad_loss_B, slope_NB, token_mask_T, p_NT)
-    grad_scores_NT = _softmax_backward(q_NT, grad_q_NT) + _softmax_backward(p_NT, grad_p_NT)
-    grad_experts_NRT, grad_token_RT = _scores_backward(grad_scores_NT, projected_XT, mixture)
-    if dropped_LT is None:
-        grad_MRT[:num_experts] += grad_experts_NRT
-        return torch.cat((grad_MRT.flatten(0, 1), grad_token_RT)), None, grad_B
-    grad_XT = torch.cat((grad_experts_NRT.flatten(0, 1), grad_token_RT))
-    return grad_XT, grad_MRT.flatten(0, 1), grad_B
+
+def _column_gradients(
+    grad_MRT: Tensor, grad_read: tuple[Tensor | None, Tensor] | None, together: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of `projected_XT` and `dropped_LT`.
+
+    Parameters
+    ----------
+    grad_MRT
+        Gradient of the activations of the LoRA path.
+    grad_read
+        What `route_backward` gives; None where no router has read anything.
+    together
+        Whether the router and the LoRA path share the columns of A: without dropout.
+    """
+    if grad_read is None:
+        grad_LT = grad_MRT.flatten(0, 1)
+        return (grad_LT, None) if together else (None, grad_LT)
+    grad_experts_NRT, grad_ST = grad_read
+    if together:
+        if grad_experts_NRT is not None:
+            grad_MRT[: len(grad_experts_NRT)] += grad_experts_NRT
+        return torch.cat((grad_MRT.flatten(0, 1), grad_ST)), None
+    if grad_experts_NRT is not None:
+        grad_ST = torch.cat((grad_experts_NRT.flatten(0, 1), grad_ST))
+    return grad_ST, grad_MRT.flatten(0, 1)
 
 
 def _lora_activations(projected_XT: Tensor, dropped_LT: Tensor | None, lora_B: Tensor) -> Tensor:
@@ -319,73 +353,3 @@ def _weights(q_NT: Tensor, lora_B: Tensor, scale: float) -> Tensor:
     num_shared = lora_B.shape[0] - q_NT.shape[0]
     weights_MT = torch.cat((q_NT, q_NT.new_ones(num_shared, q_NT.shape[1])))
     return weights_MT.mul_(scale).unsqueeze(1)
-
-
-def _embeddings(projected_XT: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
-    """Return the expert embeddings e, shape (N, R, T), and the token embeddings t, (R, T)."""
-    num_experts, rank = mixture.num_experts, mixture.rank
-    experts_NRT = projected_XT[: num_experts * rank].unflatten(0, (num_experts, rank))
-    return experts_NRT, projected_XT[-rank:]
-
-
-def _route(projected_XT: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
-    """Return p and the 0/1 selection of the top k, both of shape (N, T)."""
-    if mixture.num_experts == 0:
-        nothing_NT = projected_XT.new_empty(0, projected_XT.shape[1])
-        return nothing_NT, nothing_NT
-    experts_NRT, token_RT = _embeddings(projected_XT, mixture)
-    scores_NT = (experts_NRT * token_RT).sum(1).mul_(mixture.rank**-0.5)
-    top_KT = scores_NT.topk(mixture.top_k, dim=0, sorted=False).indices
-    selected_NT = torch.zeros_like(scores_NT).scatter_(0, top_KT, 1.0)
-    return scores_NT.softmax(0), selected_NT
-
-
-def _scores_backward(
-    grad_scores_NT: Tensor, projected_XT: Tensor, mixture: Mixture
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of e, shape (N, R, T), and of t, shape (R, T); (0, T) if N = 0."""
-    if mixture.num_experts == 0:
-        return grad_scores_NT.unsqueeze(1), grad_scores_NT
-    experts_NRT, token_RT = _embeddings(projected_XT, mixture)
-    grad_N1T = (grad_scores_NT * mixture.rank**-0.5).unsqueeze(1)
-    return grad_N1T * token_RT, (grad_N1T * experts_NRT).sum(0)
-
-
-def _softmax_backward(p_NT: Tensor, grad_NT: Tensor) -> Tensor:
-    """Return p * (grad - <p, grad>).
-
-    It serves q as well: q is the softmax over the selected experts, and 0 elsewhere.
-    """
-    weighted_NT = p_NT * grad_NT
-    return weighted_NT - p_NT * weighted_NT.sum(0)
-
-
-def _balance(
-    p_NT: Tensor, selected_NT: Tensor, token_mask_T: Tensor | None, num_sequences: int, top_k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss per sequence, its slope in p at a real token (N, B), and the counts (N)."""
-    num_experts, num_tokens = p_NT.shape
-    p_NBT = p_NT.unflatten(1, (num_sequences, num_tokens // num_sequences))
-    selected_NBT = selected_NT.view_as(p_NBT)
-    if token_mask_T is None:
-        tokens_B: Tensor | int = p_NBT.shape[2]
-    else:
-        mask_BT = token_mask_T.view(p_NBT.shape[1:]).to(p_NT.dtype)
-        tokens_B = mask_BT.sum(1).clamp_(min=1.0)
-        p_NBT, selected_NBT = p_NBT * mask_BT, selected_NBT * mask_BT
-    counts_NB = selected_NBT.sum(2)
-    slope_NB = counts_NB * (num_experts / top_k) / (tokens_B * tokens_B)
-    loss_B = (p_NBT.sum(2) * slope_NB).sum(0)
-    return loss_B, slope_NB, counts_NB.sum(1).to(torch.int64)
-
-
-def _balance_backward(
-    grad_loss_B: Tensor, slope_NB: Tensor, token_mask_T: Tensor | None, p_NT: Tensor
-) -> Tensor:
-    """Return the gradient that the balance loss sends to p, shape (N, T)."""
-    num_experts, num_sequences = slope_NB.shape
-    grad_NB1 = (grad_loss_B * slope_NB).unsqueeze(2)
-    grad_NBT = grad_NB1.expand(num_experts, num_sequences, p_NT.shape[1] // num_sequences)
-    if token_mask_T is not None:
-        grad_NBT = grad_NBT * token_mask_T.view(grad_NBT.shape[1:])
-    return grad_NBT.reshape_as(p_NT)

@@ -4,7 +4,7 @@ Importing this module makes `get_peft_model(model, HMoLEConfig(...))`, `save_pre
 `PeftModel.from_pretrained` and `disable_adapter` work. `peft.register_peft_method` refuses names
 that PEFT does not know, so the three dictionaries behind it are filled here. PEFT finds adapter
 weights by the class of the layer (everything on a `BaseTunerLayer` but its `base_layer`), so the
-parameters keep their names: `base_model.model.<module>.lora_A`, `.lora_B` and `.token_proj`.
+parameters keep their names: `base_model.model.<module>.lora_A`, `.lora_B`, `.token_proj`, `.gate`.
 """
 
 # Axes: B = sequences, N = routed experts of a layer
@@ -29,7 +29,8 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from fedamole.errors import FedamoleError
-from fedamole.hmole import HMoLELinear, RoutingContext, check_arguments
+from fedamole.hmole import HMoLELinear, check_arguments
+from fedamole.routing import Router, RoutingContext
 
 
 class _PeftTypeName(str):
@@ -59,6 +60,10 @@ class HMoLEConfig(PeftConfig):
     """Experts a token is routed to."""
     shared_expert: bool = True
     """Whether every module also holds an expert that all tokens use."""
+    router: Router = "embedding"
+    """What the weights of the routed experts follow from; "given": see `set_expert_weights`."""
+    frozen_experts: int = 0
+    """How many of the routed experts of every target, the last ones, are not trained."""
     target_modules: list[str] | str | None = None
     """Name suffixes, one regular expression, or None for PEFT's choice for the model family."""
     exclude_modules: list[str] | str | None = None
@@ -216,6 +221,8 @@ def _layer_arguments(config: HMoLEConfig, name: str) -> dict[str, Any]:
         "top_k": config.top_k,
         "dropout": config.dropout,
         "shared_expert": config.shared_expert,
+        "router": config.router,
+        "frozen_experts": config.frozen_experts,
     }
 
 
@@ -277,6 +284,24 @@ def hmole_layers(model: nn.Module) -> dict[str, HMoLELinear]:
     return {
         name: module for name, module in backbone.named_modules() if isinstance(module, HMoLELinear)
     }
+
+
+def set_expert_weights(model: nn.Module, expert_weights_BN: Tensor | None) -> None:
+    """Say how much each routed expert weighs in the forward passes that follow.
+
+    For layers with the router "given". Under gradient checkpointing the weights are read again in
+    the backward pass: set those of the next batch after it.
+
+    Parameters
+    ----------
+    model
+        As for `hmole_layers`.
+    expert_weights_BN
+        One row per sequence of the batch, or one row for all; no gradient flows into it. None
+        forgets the weights.
+    """
+    for layer in hmole_layers(model).values():
+        layer.routing_context.expert_weights_BN = expert_weights_BN
 
 
 def balance_loss(model: nn.Module) -> Tensor:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,6 +17,7 @@ from fedamole.hmole_peft import (
     collecting_embeddings,
     hmole_layers,
     routed_tokens,
+    set_expert_weights,
 )
 
 Q_PROJ = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
@@ -118,6 +119,61 @@ def test_the_number_of_experts_may_differ_per_module(tmp_path, low_cpu_mem_usage
     )
     assert torch.equal(loaded.eval()(**batch).logits, expected)
     assert hmole_layers(loaded)[Q_PROJ[0]].lora_A.requires_grad
+
+
+def test_a_linear_router_survives_saving_and_loading(tmp_path):
+    model, batch = make_model(router="linear", frozen_experts=1), make_batch()
+    expected = model.eval()(**batch).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_backbone(), tmp_path, is_trainable=True)
+    assert torch.equal(loaded.eval()(**batch).logits, expected)
+    layer = hmole_layers(loaded)[Q_PROJ[0]]
+    assert torch.equal(layer.gate, hmole_layers(model)[Q_PROJ[0]].gate)
+    assert (layer.router, layer.frozen_experts, layer.token_proj) == ("linear", 1, None)
+    trainable = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
+    assert trainable == {
+        f"base_model.model.{module}.{parameter}"
+        for module in Q_PROJ + V_PROJ
+        for parameter in ("lora_A", "lora_B", "gate")
+    }
+
+
+def make_peft_lora(model: PeftModel, expert: int) -> PeftModel:
+    """Make PEFT's LoRA of one expert of an HMoLE model."""
+    config = LoraConfig(r=8, lora_alpha=16.0, target_modules=["q_proj", "v_proj"])
+    lora = get_peft_model(make_backbone(), config)
+    with torch.no_grad():
+        for name, layer in hmole_layers(model).items():
+            module = lora.get_base_model().get_submodule(name)
+            module.lora_A["default"].weight.copy_(layer.lora_A[expert])
+            module.lora_B["default"].weight.copy_(layer.lora_B[expert])
+    return lora
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_two_experts_side_by_side_in_one_batch_are_two_lora_models(checkpointing):
+    backbone = make_backbone()
+    if checkpointing:
+        backbone.activation_checkpointing_enable({"use_reentrant": False})
+    model = make_model(backbone, num_experts=2, shared_expert=False, router="given").train()
+    batch = make_batch()
+    doubled = {name: torch.cat((tensor, tensor)) for name, tensor in batch.items()}
+    weights_BN = torch.eye(2).repeat_interleave(2, 0)
+    set_expert_weights(model, weights_BN)
+    logits = model(**doubled, logits_to_keep=1).logits
+    assert balance_loss(model).tolist() == [0.0] * 4
+    assert not any(counts_N.any() for counts_N in routed_tokens(model).values())
+    logits.sin().sum().backward()
+    for expert, half in enumerate(logits.split(2)):
+        lora = make_peft_lora(model, expert)
+        expected = lora(**batch, logits_to_keep=1).logits
+        torch.testing.assert_close(half, expected)
+        expected.sin().sum().backward()
+        for name, layer in hmole_layers(model).items():
+            module = lora.get_base_model().get_submodule(name)
+            for parameter in ("lora_A", "lora_B"):
+                expected_grad = getattr(module, parameter)["default"].weight.grad
+                torch.testing.assert_close(getattr(layer, parameter).grad[expert], expected_grad)
 
 
 def test_disabling_the_adapter_gives_the_backbone_for_a_while():
