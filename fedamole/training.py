@@ -4,9 +4,9 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import deepspeed.ops
@@ -27,6 +27,8 @@ from fedamole.settings import TrainingSettings
 # gloo does the same work here.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed_logger.setLevel(logging.WARNING)
+
+StepT = TypeVar("StepT")
 
 
 class ScoredModel(nn.Module):
@@ -50,14 +52,8 @@ class ScoredModel(nn.Module):
             (B,) sum of the cross entropies of the response tokens in nats, and (B,) weighted load
             balancing loss; both float32.
         """
-        logits_BPV = self.model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            logits_to_keep=batch.positions,
-            use_cache=False,
-        ).logits
         losses_BP = nn.functional.cross_entropy(
-            logits_BPV.float().transpose(1, 2),
+            self.logits(batch).float().transpose(1, 2),
             batch.targets,
             ignore_index=IGNORED,
             reduction="none",
@@ -66,6 +62,16 @@ class ScoredModel(nn.Module):
         if not (self.balance_weight and self.training):
             return token_B, torch.zeros_like(token_B)
         return token_B, self.balance_weight * balance_loss(self.model)
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Logits (B, P, V) at the positions of a batch."""
+        logits_BPV: torch.Tensor = self.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            logits_to_keep=batch.positions,
+            use_cache=False,
+        ).logits
+        return logits_BPV
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class TrainingRecord:
     steps
         Optimizer steps.
     loss_first, loss_last
-        Mean token loss of the first and the last step, in nats.
+        Mean token loss of the first and the last step that had examples, in nats; None if none had.
     seconds
         Wall time of the steps.
     routed_tokens
@@ -85,8 +91,8 @@ class TrainingRecord:
     """
 
     steps: int
-    loss_first: float
-    loss_last: float
+    loss_first: float | None
+    loss_last: float | None
     seconds: float
     routed_tokens: dict[str, np.ndarray]
 
@@ -105,24 +111,19 @@ def learning_rate(settings: TrainingSettings, round_: int) -> float:
     return settings.learning_rate * settings.learning_rate_decay ** (round_ - 1)
 
 
-def steps_per_round(settings: TrainingSettings, num_examples: int) -> int:
-    """Optimizer steps of a client with so many training examples."""
-    if settings.local_epochs:
-        return math.ceil(settings.local_epochs * num_examples / settings.batch_size)
-    return settings.steps or 200
-
-
 @contextlib.contextmanager
 def engine_for(
-    model: nn.Module, settings: TrainingSettings, learning_rate: float
+    model: nn.Module,
+    settings: TrainingSettings,
+    learning_rate: float,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
 ) -> Iterator[deepspeed.DeepSpeedEngine]:
-    """Put a model under DeepSpeed with a fresh Adam, and take it out again."""
+    """Put a model under DeepSpeed with a fresh optimizer, and take it out again."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trainable, lr=learning_rate)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=trainable,
-        optimizer=optimizer,
+        optimizer=optimizer(trainable, lr=learning_rate),
         config=_deepspeed_config(settings, sum(parameter.numel() for parameter in trainable)),
         dist_init_required=False,
     )
@@ -173,14 +174,10 @@ def train(
         Of this rank.
     """
     engine.train()
-    # None shows the bar on a terminal only.
-    hidden = True if distributed.rank() else None
     losses: list[torch.Tensor] = []
     counts: dict[str, torch.Tensor] = {}
     started = time.monotonic()
-    for step, batches in enumerate(
-        tqdm(steps, total=num_steps, unit="step", leave=False, disable=hidden)
-    ):
+    for step, batches in enumerate(with_bar(steps, num_steps)):
         num_targets = sum(batch.num_targets for batch in batches)
         loss = torch.zeros((), device=device)
         for number in range(distributed.rank(), len(batches), distributed.world_size()):
@@ -196,29 +193,49 @@ def train(
             engine.step()
             loss += token.detach()
         losses.append(loss)
-    means = _over_ranks(torch.stack(losses)).tolist()
+    means = over_ranks(torch.stack(losses)).tolist()
     seconds = time.monotonic() - started
-    _check_finite(means, place)
+    check_finite(enumerate(means), place)
     return TrainingRecord(
         steps=num_steps,
         loss_first=means[0],
         loss_last=means[-1],
         seconds=seconds,
-        routed_tokens={name: _over_ranks(n).cpu().numpy() for name, n in counts.items()},
+        routed_tokens={name: over_ranks(n).cpu().numpy() for name, n in counts.items()},
     )
 
 
-def _check_finite(losses: Sequence[float], place: LocalTraining) -> None:
-    """Refuse a training that diverged, before its tensors spoil the mean of all clients."""
-    for step, loss in enumerate(losses, start=1):
+def with_bar(steps: Iterable[StepT], num_steps: int) -> Iterable[StepT]:
+    """Show on a terminal how far the steps are, once per client."""
+    hidden = True if distributed.rank() else None
+    bar: Iterable[StepT] = tqdm(steps, total=num_steps, unit="step", leave=False, disable=hidden)
+    return bar
+
+
+def check_finite(losses: Iterable[tuple[int, float]], place: LocalTraining) -> None:
+    """Refuse a training that diverged, before its tensors spoil the mean of all clients.
+
+    Parameters
+    ----------
+    losses
+        Number of the step, from 0, and its loss.
+    place
+        Names the client.
+
+    Raises
+    ------
+    ClientError
+        At the first loss that is no finite number.
+    """
+    for step, loss in losses:
         if not math.isfinite(loss):
             raise ClientError(
-                f"round {place.round} client {place.client}: the loss of step {step} is {loss}; "
-                "try a lower training: learning_rate, or gradient_clipping"
+                f"round {place.round} client {place.client}: the loss of step {step + 1} is "
+                f"{loss}; try a lower training: learning_rate, or gradient_clipping"
             )
 
 
-def _over_ranks(part: torch.Tensor) -> torch.Tensor:
+def over_ranks(part: torch.Tensor) -> torch.Tensor:
     """Sum over the ranks."""
     if distributed.world_size() > 1:
         torch.distributed.all_reduce(part)
