@@ -215,6 +215,37 @@ def test_all_modules_are_assigned_on_their_own_with_the_sum_of_scores_as_objecti
         assert assignment.objective_M[m] == pytest.approx(exact, rel=1e-14)
 
 
+def test_those_who_take_part_are_scored_and_assigned_as_if_there_were_no_others():
+    rng = np.random.default_rng(2)
+    experts_MER, clients_MKR = rng.standard_normal((2, 12, 4)), rng.standard_normal((2, 7, 4))
+    capacity, drawn = AssignmentSettings(num_experts=12, choices=2, max_experts=8), [0, 2, 3, 6]
+    scores_MEK = score_experts(experts_MER, clients_MKR, clients=drawn)
+    found = assign_all(scores_MEK, capacity, 2, ("q", "v"), 1, clients=drawn)
+    alone_MEK = score_experts(experts_MER, clients_MKR[:, drawn])
+    alone = assign_all(alone_MEK, capacity, 2, ("q", "v"), 1)
+    np.testing.assert_array_equal(found.scores_MEK[:, :, drawn], alone.scores_MEK)
+    np.testing.assert_array_equal(found.holders_MEK[:, :, drawn], alone.holders_MEK)
+    np.testing.assert_array_equal(found.objective_M, alone.objective_M)
+    assert not found.scores_MEK[:, :, [1, 4, 5]].any()
+    assert not found.holders_MEK[:, :, [1, 4, 5]].any()
+
+
+def test_capacities_that_do_not_suffice_for_those_who_take_part_are_refused():
+    capacity = AssignmentSettings(num_experts=12, choices=2, max_experts=8)
+    with pytest.raises(
+        FedamoleError, match="= 24 <= clients \\* max_experts = 2 \\* 8 = 16 does not"
+    ):
+        assign_all(np.ones((1, 12, 7)), capacity, 2, ("q",), 1, clients=[1, 5])
+
+
+def test_to_name_all_clients_changes_no_bit():
+    rng = np.random.default_rng(4)
+    experts_MER, clients_MKR = rng.standard_normal((3, 31, 8)), rng.standard_normal((3, 13, 8))
+    known_K = np.ones(13, dtype=bool)
+    named = score_experts(experts_MER, clients_MKR, clients=range(13), known_K=known_K)
+    assert named.tobytes() == score_experts(experts_MER, clients_MKR).tobytes()
+
+
 def test_random_scores_are_uniform():
     scores = random_scores(np.random.default_rng(0), 10, 100, 20)
     assert scores.dtype == np.float32
