@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from fedamole.errors import FedamoleError
+from fedamole.participation import Participation
 from fedamole.pools import (
     Assignment,
     Pool,
@@ -32,7 +33,7 @@ def aggregate(
     assignment: Assignment,
     uploads: Iterable[Upload],
     weighting: Weighting,
-    clients: int,
+    population: Participation,
 ) -> Pool:
     """Average each tensor over the clients that hold it (McMahan et al. 2017, Alg. 1).
 
@@ -52,15 +53,16 @@ def aggregate(
         ``uniform``: all clients equal (the paper). ``examples``: by training examples. ``tokens``:
         an expert and its embedding by the tokens that it was given (equal where it got none at any
         holder), shared tensors by training examples.
-    clients
-        Number of clients K.
+    population
+        Who takes part in the round, and how many of them must report.
 
     Raises
     ------
     FedamoleError
-        If an upload is missing, doubled, of another round, or does not hold what was assigned.
+        If too many uploads are missing, or one is doubled, of another round, of a client that does
+        not take part, or does not hold what was assigned.
     """
-    _check_round(previous, assignment, clients)
+    _check_round(previous, assignment, population.clients)
     sums = _Sums(previous, assignment, weighting)
     seen: set[int] = set()
     for upload in uploads:
@@ -69,9 +71,27 @@ def aggregate(
         seen.add(upload.client)
         # The loop's variable would keep this upload while the next one is read.
         del upload
-    if missing := sorted(set(range(clients)) - seen):
-        raise FedamoleError(f"round {assignment.round}: no upload of clients {missing}")
+    check_quorum(seen, population, assignment.round)
     return sums.pool()
+
+
+def check_quorum(reported: set[int], population: Participation, round_: int) -> None:
+    """Refuse a round from which too few clients, or other clients, have reported.
+
+    Raises
+    ------
+    FedamoleError
+        With the clients that are missing, or do not belong there.
+    """
+    expected = set(population.reporting(round_))
+    if strangers := sorted(reported - expected):
+        raise FedamoleError(f"round {round_}: clients {strangers} do not take part in it")
+    if len(reported) < population.fewest:
+        missing = sorted(expected - reported)
+        raise FedamoleError(
+            f"round {round_}: no upload of clients {missing}; {len(reported)} of "
+            f"{population.size} reported, the quorum is {population.fewest}"
+        )
 
 
 class _Sums:
@@ -130,9 +150,16 @@ class _Sums:
         modules, _, clients = self._assignment.holders_MEK.shape
         rank = upload.client_embeddings_MR.shape[1]
         if self._client_MKR is None:
-            self._client_MKR = np.zeros((modules, clients, rank), dtype=np.float32)
+            self._client_MKR = self._embeddings_before((modules, clients, rank))
         if rank:
             self._client_MKR[:, upload.client] = upload.client_embeddings_MR
+
+    def _embeddings_before(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Client embeddings so far: of clients that do not report, the last ones stay."""
+        before = self._previous.provenance
+        if before and before.client_embeddings_MKR.shape == shape:
+            return before.client_embeddings_MKR.copy()
+        return np.zeros(shape, dtype=np.float32)
 
     def pool(self) -> Pool:
         """Divide by the weights; experts that nobody holds keep what they were."""
@@ -157,6 +184,9 @@ class _Sums:
         sums_MER = self._expert_embeddings(0)
         before = self._previous.provenance
         before_MER = before.expert_embeddings_MER if before else np.zeros_like(sums_MER)
+        if before:
+            silent_K = self._num_examples_K == 0
+            self._num_examples_K[silent_K] = before.num_examples_K[silent_K]
         return Provenance(
             round=self._assignment.round,
             tokens_MEK=self._tokens_MEK,

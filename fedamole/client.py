@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedamole.adapters import extract_state, insert_adapters, remove_adapters
+from fedamole.accounting import epsilon_after
 from fedamole.backbone import load_backbone, load_tokenizer
 from fedamole.batches import Batch, collate, stream_of_examples
 from fedamole.datasets.tokens import TokenStore
+from fedamole.dp_sgd import GivenGradients, train_privately
 from fedamole.embeddings import Embedded, embed_client
 from fedamole.errors import ClientError
 from fedamole.evaluation import Score, accuracy, evaluation_loss, rouge_of_answers
-from fedamole.partition import ClientSplit
-from fedamole.pools import ClientState, Upload
+from fedamole.forms import MIXTURE, Form
+from fedamole.pools import ClientState, KeptState, Upload
+from fedamole.privacy import perturb_embedded
 from fedamole.stages import ClientStage
 from fedamole.training import (
     LocalTraining,
@@ -29,7 +31,6 @@ from fedamole.training import (
     engine_for,
     learning_rate,
     sharded_for_testing,
-    steps_per_round,
     train,
     trained_tensors,
 )
@@ -64,14 +65,27 @@ class ClientSession:
         )
         self._backbone: PreTrainedModel | None = None
 
+    def training_rows(self, client: int, with_embedding_set: bool) -> np.ndarray:
+        """Rows that a client trains on: its own, or those of all clients where data are pooled."""
+        clients = self.store.clients
+        mine = clients if self.settings.run.population.pooled else [clients[client]]
+        parts = [
+            (rows.train, rows.embedding) if with_embedding_set else (rows.train,) for rows in mine
+        ]
+        return np.concatenate([part for rows in parts for part in rows])
+
     @contextlib.contextmanager
-    def personalised(self, state: ClientState, sharded: bool = False) -> Iterator[nn.Module]:
+    def personalised(
+        self, state: ClientState, form: Form = MIXTURE, sharded: bool = False
+    ) -> Iterator[nn.Module]:
         """Give the backbone with a client's adapters; take them out again at the end.
 
         Parameters
         ----------
         state
             What the client holds.
+        form
+            What the state is in the model.
         sharded
             Whether ZeRO-3 will cut the model into slices: then it stays on the CPU until DeepSpeed
             moves it piece by piece, and serves this client only.
@@ -79,11 +93,11 @@ class ClientSession:
         backbone = self._backbone or load_backbone(self.folder, self.settings.run.backbone)
         if not sharded:
             self._backbone = backbone
-        model = insert_adapters(backbone, state, self.settings.run.adapter)
+        model = form.insert(backbone, state, self.settings.run.adapter)
         try:
             yield model if sharded else model.to(self.device)
         finally:
-            remove_adapters(model)
+            form.remove(model)
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,8 @@ class ClientReport:
         Examples of each set.
     training
         None if nothing was trained.
+    epsilon, delta
+        Differential privacy spent so far; None without.
     """
 
     eval_loss: float
@@ -108,10 +124,13 @@ class ClientReport:
     num_eval: int
     num_test: int
     training: TrainingRecord | None
+    epsilon: float | None = None
+    delta: float | None = None
 
     def to_mapping(self) -> dict[str, Any]:
         """Content of the metrics file: no times, so that equal runs give equal bytes."""
         trained = self.training
+        spent = {} if self.epsilon is None else {"epsilon": self.epsilon, "delta": self.delta}
         return {
             "eval_loss": self.eval_loss,
             "score": self.score.value,
@@ -122,13 +141,67 @@ class ClientReport:
             "steps": trained.steps if trained else None,
             "train_loss_first": trained.loss_first if trained else None,
             "train_loss_last": trained.loss_last if trained else None,
+            **spent,
         }
 
 
-def train_client(
-    session: ClientSession, client: int, round_: int, state: ClientState
-) -> tuple[Upload, ClientReport]:
-    """Train a client's adapters, test the result and embed the client's data.
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A model right after its local training.
+
+    Attributes
+    ----------
+    client, round
+        Whose, and in which round.
+    scored
+        Gives losses; in evaluation mode.
+    state
+        The trained tensors.
+    record
+        How the training went.
+    num_train
+        Examples that it trained on.
+    """
+
+    client: int
+    round: int
+    scored: ScoredModel
+    state: ClientState
+    record: TrainingRecord
+    num_train: int
+
+
+@dataclass(frozen=True, eq=False)
+class ClientResult:
+    """What comes out of a client's work in a round.
+
+    Attributes
+    ----------
+    upload
+        What the server gets.
+    report
+        Metrics.
+    kept
+        What the client keeps for its next round; None for a method without such state.
+    """
+
+    upload: Upload
+    report: ClientReport
+    kept: KeptState | None = None
+
+
+@contextlib.contextmanager
+def locally_trained(
+    session: ClientSession,
+    client: int,
+    round_: int,
+    state: ClientState,
+    form: Form = MIXTURE,
+    *,
+    with_embedding_set: bool,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+) -> Iterator[Trained]:
+    """Train a client's model; it can be tested as long as the context is open.
 
     Parameters
     ----------
@@ -139,57 +212,136 @@ def train_client(
     round_
         Round, from 1.
     state
-        What the client got from the server.
+        What the training starts from.
+    form
+        What the state is in the model.
+    with_embedding_set
+        Whether to train on the embedding set too: methods that need none give it to training.
+    optimizer
+        A fresh one in every round.
+
+    Raises
+    ------
+    ClientError
+        If the client has no examples, or its training diverges.
     """
-    settings = session.settings.run.training
-    rows = session.store.clients[client]
-    train_rows = training_rows(rows, state)
-    if not len(train_rows):
-        raise ClientError(f"{_name(session, round_, client)} has no training examples")
-    num_steps = steps_per_round(settings, len(train_rows))
-    steps = _micro_batches(session, client, round_, train_rows, num_steps)
-    with session.personalised(state, sharded=settings.zero_stage == 3) as model:
-        scored = ScoredModel(model, session.settings.run.adapter.balance_weight)
-        with engine_for(scored, settings, learning_rate(settings, round_)) as engine:
-            place = LocalTraining(session.settings.run.seed, round_, client)
-            record = train(engine, steps, num_steps, place, settings, session.device)
-            trained = extract_state(trained_tensors(engine, settings.zero_stage), state)
-            scored.eval()
-            report = _test(session, client, scored, record, len(train_rows))
-            _check_finite(report, trained, round_, client)
-            embedded = _embed(session, rows, scored, trained)
-    logger.info(
-        "%s: %d steps, %.2f steps/s, loss %.3f -> %.3f; %s",
-        _name(session, round_, client),
-        record.steps,
-        record.steps / record.seconds,
-        record.loss_first,
-        record.loss_last,
-        _tested(session, report),
+    run = session.settings.run
+    settings = run.training
+    rows = session.training_rows(client, with_embedding_set)
+    name = _name(session, round_, client)
+    if not len(rows):
+        raise ClientError(f"{name} has no training examples")
+    num_steps = run.steps_of(client, len(rows))
+    private = run.privacy.dp_sgd
+    # A delta that is too large for this client is refused before its training, not after it.
+    epsilon_after(run, client, round_, len(rows))
+    steps = _micro_batches(session, client, round_, rows, num_steps)
+    with session.personalised(state, form, sharded=settings.zero_stage == 3) as model:
+        scored = form.scored(model, run.adapter.balance_weight)
+        rate = learning_rate(settings, round_)
+        trainable = GivenGradients(scored) if private else scored
+        with engine_for(trainable, settings, rate, optimizer) as engine:
+            place = LocalTraining(run.seed, round_, client)
+            if private:
+                record = train_privately(
+                    engine,
+                    lambda index: _batch(session.store, rows[index : index + 1]),
+                    len(rows),
+                    num_steps,
+                    place,
+                    settings,
+                    private,
+                    session.device,
+                )
+            else:
+                record = train(engine, steps, num_steps, place, settings, session.device)
+            trained = form.extract(trained_tensors(engine, settings.zero_stage), state)
+            _check_tensors(trained, round_, client)
+            logger.info(
+                "%s: %d steps, %.2f steps/s, loss %s -> %s",
+                name,
+                record.steps,
+                record.steps / record.seconds,
+                *(
+                    "none" if loss is None else f"{loss:.3f}"
+                    for loss in (record.loss_first, record.loss_last)
+                ),
+            )
+            yield Trained(client, round_, scored.eval(), trained, record, len(rows))
+
+
+def report_of(session: ClientSession, trained: Trained) -> ClientReport:
+    """Test a model right after its training.
+
+    Raises
+    ------
+    ClientError
+        If its evaluation loss is not finite.
+    """
+    report = _test(
+        session, trained.client, trained.round, trained.scored, trained.record, trained.num_train
     )
-    upload = Upload(
-        client=client,
-        round=round_,
-        state=trained,
-        num_examples=len(train_rows),
+    if not np.isfinite(report.eval_loss):
+        raise _diverged(trained.round, trained.client, f"eval loss {report.eval_loss}")
+    name = _name(session, trained.round, trained.client)
+    logger.info("%s: %s", name, _tested(session, report))
+    return report
+
+
+def upload_of(
+    trained: Trained, embedded: Embedded | None = None, state: ClientState | None = None
+) -> Upload:
+    """Make what a client sends.
+
+    Parameters
+    ----------
+    trained
+        The trained model.
+    embedded
+        Embeddings of the client's data; None for a method that needs none.
+    state
+        What of the trained tensors is sent; default: all.
+    """
+    embedded = embedded or Embedded.nothing()
+    return Upload(
+        client=trained.client,
+        round=trained.round,
+        state=trained.state if state is None else state,
+        num_examples=trained.num_train,
         client_embeddings_MR=embedded.client_MR,
         expert_embeddings=embedded.experts,
-        tokens=_tokens_by_group(record, trained),
+        tokens=_tokens_by_group(trained.record, trained.state) if embedded.experts else {},
     )
-    return upload, report
+
+
+def embeddings_of(session: ClientSession, trained: Trained) -> Embedded:
+    """Embed a client's embedding set with its trained experts; noisy where privacy asks for it."""
+    run = session.settings.run
+    embedded = embed_client(
+        trained.scored,
+        session.store,
+        session.store.clients[trained.client].embedding,
+        trained.state,
+        session.settings.evaluation.batch_size,
+        session.device,
+    )
+    if run.privacy.embeddings is None:
+        return embedded
+    names = (run.seed, trained.round, trained.client)
+    return perturb_embedded(embedded, trained.state, run.privacy.embeddings, *names)
 
 
 def evaluate_client(
-    session: ClientSession, client: int, round_: int, state: ClientState
+    session: ClientSession, client: int, round_: int, state: ClientState, form: Form = MIXTURE
 ) -> ClientReport:
-    """Test a model on a client's data without training it; see :func:`train_client`."""
+    """Test a model on a client's data without training it; see :func:`locally_trained`."""
     settings = session.settings.run.training
     sharded = settings.zero_stage == 3
-    num_train = len(training_rows(session.store.clients[client], state))
-    with session.personalised(state, sharded) as model:
-        scored = ScoredModel(model, balance_weight=0.0)
+    with session.personalised(state, form, sharded) as model:
+        scored = form.scored(model, 0.0)
         with sharded_for_testing(scored, settings) if sharded else contextlib.nullcontext():
-            report = _test(session, client, scored.eval(), None, num_train)
+            num_train = len(session.training_rows(client, with_embedding_set=True))
+            report = _test(session, client, round_, scored.eval(), None, num_train)
     logger.info("%s: %s", _name(session, round_, client), _tested(session, report))
     return report
 
@@ -205,25 +357,19 @@ def _tested(session: ClientSession, report: ClientReport) -> str:
     return f"eval loss {report.eval_loss:.3f}, {metric} {report.score.value:.3f}"
 
 
-def training_rows(rows: ClientSplit, state: ClientState) -> np.ndarray:
-    """Rows to train on: without domain experts nothing is embedded, so that set trains as well."""
-    if state.has_experts:
-        return rows.train
-    return np.concatenate([rows.train, rows.embedding])
-
-
-def _check_finite(report: ClientReport, trained: ClientState, round_: int, client: int) -> None:
+def _check_tensors(trained: ClientState, round_: int, client: int) -> None:
     """Refuse a model that the last step has spoilt; the losses of training came before it."""
-    arrays = [
-        array
-        for group in trained.groups.values()
-        for array in (*group.experts.values(), *group.shared.values())
-    ]
-    if not np.isfinite(report.eval_loss) or not all(np.isfinite(array).all() for array in arrays):
-        raise ClientError(
-            f"round {round_} client {client}: the trained model is not finite (eval loss "
-            f"{report.eval_loss}); try a lower training: learning_rate, or gradient_clipping"
-        )
+    for group in trained.groups.values():
+        for array in (*group.experts.values(), *group.shared.values()):
+            if not np.isfinite(array).all():
+                raise _diverged(round_, client, "a tensor is not")
+
+
+def _diverged(round_: int, client: int, what: str) -> ClientError:
+    return ClientError(
+        f"round {round_} client {client}: the trained model is not finite ({what}); "
+        "try a lower training: learning_rate, or gradient_clipping"
+    )
 
 
 def _micro_batches(
@@ -241,24 +387,26 @@ def _micro_batches(
             client,
         )
     ]
-
-    def batch(chosen: np.ndarray) -> Batch:
-        prompts = [store.prompt_length(row) for row in chosen]
-        return collate([store.ids(row) for row in chosen], prompts, store.pad_id)
-
     for start in range(0, len(order), per_step):
         passes = range(start, start + per_step, per_pass)
-        yield [batch(order[at : at + per_pass]) for at in passes]
+        yield [_batch(store, order[at : at + per_pass]) for at in passes]
+
+
+def _batch(store: TokenStore, rows: np.ndarray) -> Batch:
+    """Make one batch of rows of the token store."""
+    prompts = [store.prompt_length(row) for row in rows]
+    return collate([store.ids(row) for row in rows], prompts, store.pad_id)
 
 
 def _test(
     session: ClientSession,
     client: int,
+    round_: int,
     scored: ScoredModel,
     training: TrainingRecord | None,
     num_train: int,
 ) -> ClientReport:
-    """Measure evaluation loss and score."""
+    """Measure evaluation loss and score, and what has been spent of the client's privacy."""
     rows, store, device = session.store.clients[client], session.store, session.device
     settings = session.settings.evaluation
     loss = evaluation_loss(scored, store, rows.eval, settings.batch_size, device)
@@ -267,18 +415,17 @@ def _test(
     else:
         model, tokenizer = scored.model, session.tokenizer
         score = rouge_of_answers(model, tokenizer, store, rows.test, settings, device)
-    return ClientReport(loss, score, num_train, len(rows.eval), len(rows.test), training)
-
-
-def _embed(
-    session: ClientSession, rows: ClientSplit, scored: ScoredModel, trained: ClientState
-) -> Embedded:
-    """Embed the client's embedding set; nothing without domain experts."""
-    if not trained.has_experts:
-        return Embedded.nothing()
-    batch_size = session.settings.evaluation.batch_size
-    store, device = session.store, session.device
-    return embed_client(scored, store, rows.embedding, trained, batch_size, device)
+    run = session.settings.run
+    return ClientReport(
+        eval_loss=loss,
+        score=score,
+        num_train=num_train,
+        num_eval=len(rows.eval),
+        num_test=len(rows.test),
+        training=training,
+        epsilon=epsilon_after(run, client, round_, num_train),
+        delta=run.privacy.dp_sgd.delta if run.privacy.dp_sgd else None,
+    )
 
 
 def _tokens_by_group(record: TrainingRecord, state: ClientState) -> dict[str, np.ndarray]:

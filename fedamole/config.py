@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from fedamole.backbone_limits import check_length
 from fedamole.errors import FedamoleError
 from fedamole.mistakes import explain
+from fedamole.participation import Participation
 from fedamole.registry import lookup
 from fedamole.settings import (
     AdapterSettings,
@@ -18,6 +20,11 @@ from fedamole.settings import (
     BackboneSettings,
     EvaluationSettings,
     ExecutionSettings,
+    FdloraSettings,
+    FedapenSettings,
+    ParticipationSettings,
+    PrivacySettings,
+    PromptSettings,
     ScenarioSettings,
     Section,
     TablesSettings,
@@ -50,6 +57,16 @@ class Config(Section):
     """How the server averages."""
     training: TrainingSettings = TrainingSettings()
     """Local training."""
+    participation: ParticipationSettings = ParticipationSettings()
+    """Which clients take part in a round."""
+    privacy: PrivacySettings = PrivacySettings()
+    """What hides a client's data in its uploads."""
+    prompt: PromptSettings = PromptSettings()
+    """Soft prompts (fedprompt, fedptuning)."""
+    fdlora: FdloraSettings = FdloraSettings()
+    """FDLoRA."""
+    fedapen: FedapenSettings = FedapenSettings()
+    """FedAPEN."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Testing."""
     tables: TablesSettings = TablesSettings()
@@ -84,12 +101,26 @@ class Config(Section):
             raise ValueError(str(error)) from error
         if any(row.assigns for row in rows):
             for scenario in self.scenarios:
-                failing = self.assignment.infeasibility(scenario.clients, self.adapter.top_k)
+                drawn = Participation(self.participation, scenario.clients, self.seeds[0]).size
+                failing = self.assignment.infeasibility(drawn, self.adapter.top_k)
                 if failing:
                     raise ValueError(
                         f"no assignment exists for scenario {scenario.slug}: "
                         f"{failing} does not hold"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _sequences_fit_the_backbone(self) -> "Config":
+        size = self.backbone.size
+        positions = size.max_position_embeddings if size else None
+        for scenario in self.scenarios:
+            generated = scenario.dataset.task == "generation"
+            new_tokens = self.evaluation.max_new_tokens if generated else 0
+            try:
+                check_length(self.backbone.name, positions, scenario.max_length, new_tokens)
+            except FedamoleError as error:
+                raise ValueError(str(error)) from error
         return self
 
     @model_validator(mode="after")
@@ -102,6 +133,13 @@ class Config(Section):
                 f"tables: reference {self.tables.reference!r} is not among the methods "
                 f"{', '.join(self.methods)}"
             )
+        if self.tables.round == "best" and self.participation != ParticipationSettings():
+            raise ValueError(
+                "tables: round best compares rounds in which all clients take part; with "
+                "participation: fraction, dropout_rate or quorum below 1 only last is possible"
+            )
+        if conflict := self.privacy.conflict(self.training, self.aggregation):
+            raise ValueError(conflict)
         execution, ranks = self.execution, self.training.ranks
         processes = execution.processes(ranks)
         if processes % execution.nodes:
@@ -177,6 +215,18 @@ def load_config(raw: Mapping[str, Any], library: Path, origin: str = "config") -
             training["deepspeed"], library / "deepspeed", "training: deepspeed", origin
         )
     return parse(Config, data, origin)
+
+
+def load_named(section: type[SectionT], value: Any, folder: Path, what: str) -> SectionT:
+    """Validate a section that a config may name: by the name or path of its file, or itself.
+
+    Raises
+    ------
+    FedamoleError
+        See :func:`load_config`.
+    """
+    origin = value if isinstance(value, str) else what
+    return parse(section, _named(_plain(value), folder, what, origin), origin)
 
 
 def parse(section: type[SectionT], data: Any, origin: str) -> SectionT:

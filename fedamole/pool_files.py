@@ -1,13 +1,15 @@
-"""Files of pools, uploads and assignments: HDF5, whole or absent, equal content -> equal bytes.
+"""HDF5 files of pools, uploads, assignments, kept states: whole or absent, equal bytes if equal.
 
 Layout (``fedamole pool show FILE`` and ``h5ls -r FILE`` print it)::
 
     /                                  attributes ``header`` and ``facts``, both JSON
     /groups/<group>/experts/<tensor>   (M, E, ...) in a pool, (N, ...) in an upload
     /groups/<group>/shared/<tensor>    (M, ...)
+    /groups/<group>/server/<tensor>    (M, ...) in a pool, what the server keeps for itself
     /groups/<group>/module, expert     which rows an upload holds, with tokens and embeddings
     /provenance/<name>                 a trained pool; the names of pools.Provenance
     /holders, /scores, /objective      an assignment
+    /groups/<group>/<tensor>           what a client keeps for itself
 
 No compression, no pickle, no time stamps.
 """
@@ -29,6 +31,7 @@ from fedamole.pools import (
     Assignment,
     ClientGroup,
     ClientState,
+    KeptState,
     Pool,
     PoolGroup,
     Provenance,
@@ -42,6 +45,8 @@ GroupT = TypeVar("GroupT", PoolGroup, ClientGroup)
 def write_pool(path: Path, header: Header, pool: Pool) -> None:
     """Write a pool."""
     arrays = _group_arrays(pool.groups)
+    for name, group in pool.groups.items():
+        arrays.update({f"groups/{name}/server/{key}": group.server[key] for key in group.server})
     facts = {"modules": _modules(pool.groups), "num_experts": pool.num_experts, "round": pool.round}
     if pool.provenance:
         for name in _provenance_arrays():
@@ -66,7 +71,11 @@ def read_pool(path: Path, digest: str | None = None) -> Pool:
     """
     with opened(path, "pool", digest) as (file, facts):
         groups = {
-            name: PoolGroup(tuple(modules), **_tensors(file, name))
+            name: PoolGroup(
+                tuple(modules),
+                **_tensors(file, name),
+                server=read_arrays(file, f"groups/{name}/server"),
+            )
             for name, modules in facts["modules"].items()
         }
         return Pool(groups, facts["num_experts"], _read_provenance(file, facts["round"]))
@@ -170,6 +179,39 @@ def read_assignment(path: Path, digest: str | None = None) -> Assignment:
             objective_M=read_array(file["objective"]),
             solver=facts["solver"],
             round=facts["round"],
+        )
+
+
+def write_dropout(path: Path, header: Header, client: int, round_: int, reason: str) -> None:
+    """Write, in place of an upload, that a client dropped out of a round."""
+    write_arrays(path, header, {"client": client, "round": round_, "reason": reason}, {})
+
+
+def read_dropout(path: Path, digest: str | None = None) -> str | None:
+    """Read why a client dropped out; None if the file is an upload. Errors as :func:`read_pool`."""
+    if read_header(path).kind != "dropout":
+        return None
+    with opened(path, "dropout", digest) as (_, facts):
+        return str(facts["reason"])
+
+
+def write_kept(path: Path, header: Header, kept: KeptState) -> None:
+    """Write what a client keeps for itself."""
+    arrays = {
+        f"groups/{name}/{key}": value
+        for name, tensors in kept.groups.items()
+        for key, value in tensors.items()
+    }
+    facts = {key: getattr(kept, key) for key in ("client", "round", "numbers")}
+    write_arrays(path, header, facts | {"groups": list(kept.groups)}, arrays)
+
+
+def read_kept(path: Path, digest: str | None = None) -> KeptState:
+    """Read what a client has kept; see :func:`read_pool` for parameters and errors."""
+    with opened(path, "kept", digest) as (file, facts):
+        return KeptState(
+            groups={name: read_arrays(file, f"groups/{name}") for name in facts["groups"]},
+            **{key: facts[key] for key in ("client", "round", "numbers")},
         )
 
 

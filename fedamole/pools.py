@@ -8,7 +8,7 @@ token projection) with M. Files of these are in :mod:`fedamole.pool_files`.
 # M = modules = wrapped linear layers, E = domain experts of one module, K = clients, R = rank,
 # N = expert rows that a client holds over the modules of one group, sorted by module, then expert
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -39,11 +39,14 @@ class PoolGroup:
         Tensor name -> (M, E, ...); empty for a method without domain experts.
     shared
         Tensor name -> (M, ...): what every client gets.
+    server
+        Tensor name -> (M, ...): what the server keeps for itself, such as a momentum.
     """
 
     modules: tuple[str, ...]
     experts: dict[str, np.ndarray]
     shared: dict[str, np.ndarray]
+    server: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +66,10 @@ class Provenance:
     objective_M
         float64: sum of the scores of the holders.
     expert_embeddings_MER, client_embeddings_MKR
-        float32: what the next assignment is computed from; R is 0 without domain experts.
+        float32: what the next assignment is computed from, the last ones of each expert and client;
+        R is 0 without domain experts.
     num_examples_K
-        int64: training examples of each client.
+        int64: training examples of each client when it last took part; 0 if it never did.
     """
 
     round: int
@@ -177,6 +181,26 @@ class Upload:
 
 
 @dataclass(frozen=True, eq=False)
+class KeptState:
+    """What a client keeps for itself from one round to the next; the server never sees it.
+
+    Attributes
+    ----------
+    client, round
+        Whose, and after which round.
+    groups
+        Group -> tensor name -> array; axes as in :class:`ClientGroup`.
+    numbers
+        Single values by name, such as the weight of an ensemble.
+    """
+
+    client: int
+    round: int
+    groups: dict[str, dict[str, np.ndarray]]
+    numbers: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
 class Assignment:
     """Who holds which experts in a round.
 
@@ -187,7 +211,7 @@ class Assignment:
     holders_MEK
         bool: client k holds expert e.
     scores_MEK
-        float32: what was maximised.
+        float32: the scores of RSEA; what a strategy goes by may differ.
     objective_M
         float64: sum of the scores of the holders.
     solver

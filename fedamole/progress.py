@@ -9,13 +9,14 @@ Beside them lies a small record of every client, which says where and since when
 it took, or why it failed: for people and for ``fedamole status``. No result depends on it.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ from fedamole.artifacts import canonical, replacing
 from fedamole.errors import FedamoleError
 
 Work = Literal["train", "test"]
-State = Literal["running", "done", "failed"]
+State = Literal["running", "done", "failed", "dropped"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class ClientProgress:
         Index of the client.
     state
         ``running``: began and has not ended; whether its job still lives, only the scheduler knows.
+        ``dropped``: failed for good, and the round goes on without it.
     started
         Seconds since 1970.
     seconds
@@ -46,6 +48,8 @@ class ClientProgress:
         Where: host name, process number, and SLURM job, None outside SLURM.
     error
         Why it failed, in one line.
+    attempt
+        How often it was begun since it was last done, from 1.
     """
 
     work: Work
@@ -57,6 +61,7 @@ class ClientProgress:
     process: int = 0
     job: int | None = None
     error: str | None = None
+    attempt: int = 1
 
 
 class RoundProgress:
@@ -89,25 +94,46 @@ class RoundProgress:
             host=socket.gethostname(),
             process=os.getpid(),
             job=int(job) if job.isdigit() else None,
+            attempt=self.attempts(client) + 1,
         )
         return self._write(now)
+
+    def attempts(self, client: int) -> int:
+        """How often a client was begun without an end that counts."""
+        before = self._read(client)
+        return before.attempt if before and before.state in ("running", "failed") else 0
+
+    def drop(self, client: int) -> str:
+        """Say that a round goes on without a client; give the reason of its last failure."""
+        before = self._read(client)
+        assert before is not None, "only a client that was begun can be dropped"
+        reason = before.error or "its job was ended"
+        self._write(replace(before, state="dropped", error=reason))
+        return reason
 
     def end(self, began: ClientProgress, error: str | None = None) -> ClientProgress:
         """Say that a client is done, or why it failed."""
         return self._write(
-            ClientProgress(
-                **{
-                    **asdict(began),
-                    "state": "failed" if error else "done",
-                    "seconds": round(time.time() - began.started, 1),
-                    "error": error,
-                }
+            replace(
+                began,
+                state="failed" if error else "done",
+                seconds=round(time.time() - began.started, 1),
+                error=error,
             )
         )
 
+    def _path(self, client: int) -> Path:
+        return self.folder / f"{self.work}_{client:03d}.json"
+
+    def _read(self, client: int) -> ClientProgress | None:
+        """What was last said of a client; None where nothing can be read."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            text = self._path(client).read_text(encoding="utf-8")
+            return ClientProgress(**json.loads(text))
+        return None
+
     def _write(self, progress: ClientProgress) -> ClientProgress:
-        path = self.folder / f"{progress.work}_{progress.client:03d}.json"
-        with replacing(path) as scratch:
+        with replacing(self._path(progress.client)) as scratch:
             scratch.write_text(canonical(asdict(progress)) + "\n", encoding="utf-8")
         return progress
 

@@ -1,8 +1,10 @@
 """Named random streams: every draw depends on its name only, never on what was drawn before it."""
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
@@ -25,10 +27,13 @@ def derive_seed(seed: int, *names: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def stream(seed: int, *names: str | int) -> np.random.Generator:
+def stream(seed: int, *names: str | int) -> "np.random.Generator":
     """Give the random generator that belongs to a root seed and a path of names.
 
     See :func:`derive_seed` for the parameters. Two calls with equal arguments give generators in
     the same state, wherever and in whatever order they are made.
     """
+    # The Snakefile, which every job parses, imports this module and seldom draws.
+    import numpy as np
+
     return np.random.Generator(np.random.PCG64(derive_seed(seed, *names)))

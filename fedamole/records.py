@@ -1,8 +1,8 @@
 """Records of a metrics file, the only interface between training and the tables (torch-free).
 
 A metrics file, one per scenario, seed and method, is JSON lines: the header of kind
-:data:`KIND`, then the records below in any order: one run, one partition, a client record per
-client and round, and an assignment record per round for a method with experts.
+:data:`KIND`, then the records below in any order: one run, one partition, a client record (or a
+dropout) per client and round, and an assignment record per round for a method with experts.
 """
 
 from typing import Literal
@@ -34,6 +34,8 @@ class RunRecord(Section):
     """Federated rounds R."""
     evaluated: Literal["local", "aggregated"]
     """Model that was tested; see :class:`fedamole.registry.Row`."""
+    took_part: dict[int, list[int]] | None = None
+    """Round -> clients that worked in it and are tested after it; None if all did in all rounds."""
 
 
 class PartitionRecord(Section):
@@ -45,6 +47,19 @@ class PartitionRecord(Section):
     """Names of the classes."""
     counts: list[list[int]]
     """Examples, clients x classes."""
+
+
+class DropoutRecord(Section):
+    """A client that failed in a round; the round went on without it."""
+
+    record: Literal["dropout"] = "dropout"
+    """Kind of the record."""
+    round: int = Field(ge=1)
+    """Round."""
+    client: int = Field(ge=0)
+    """Client."""
+    reason: str
+    """Why, in one line."""
 
 
 class ClientRecord(Section):
@@ -72,6 +87,11 @@ class ClientRecord(Section):
     """Training loss of the last step of the round, in nats."""
     steps: int | None
     """Optimizer steps of the round."""
+    epsilon: float | None = Field(default=None, ge=0)
+    """Differential privacy that the client has spent in all rounds so far; None if it trains
+    without."""
+    delta: float | None = None
+    """Probability with which the bound epsilon may fail."""
 
 
 class AssignmentRecord(Section):
@@ -89,6 +109,10 @@ class AssignmentRecord(Section):
     """Clients that hold each expert, modules x experts x holders."""
     objective: list[float | None]
     """Sum of the scores of the held experts, one per module; None if no score was maximised."""
+    optimum: list[float] | None = None
+    """Largest sum of scores under the capacities of the config, one per module; None if unknown."""
+    chance: list[float] | None = None
+    """Sum of scores that a random assignment has in expectation, one per module."""
     min_experts: int | None = None
     """Fewest domain experts a client may hold per module, if known."""
     max_experts: int | None = None
@@ -103,6 +127,7 @@ class AssignmentRecord(Section):
 RECORDS: dict[str, type[Section]] = {
     "run": RunRecord,
     "partition": PartitionRecord,
+    "dropout": DropoutRecord,
     "client": ClientRecord,
     "assignment": AssignmentRecord,
 }

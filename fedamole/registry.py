@@ -1,7 +1,7 @@
 """The table of methods: every row a config may ask for, and the run whose outputs it reads.
 
-Torch-free, because the Snakefile reads it. Adding a method is a module in ``fedamole/methods`` and
-a line here.
+Torch-free, because the Snakefile reads it. Adding a method is a module in ``fedamole/methods``, a
+run and a row here.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,41 @@ from typing import Literal
 from fedamole.errors import FedamoleError
 
 Evaluated = Literal["local", "aggregated"]
+# Sections of the config that only some runs depend on; all others keep their defaults there.
+Section = Literal["prompt", "fdlora", "fedapen"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One federated run: what is trained, and which files it has.
+
+    Attributes
+    ----------
+    module
+        Module in ``fedamole/methods``; variants share one.
+    trains
+        False for a run without any training round.
+    assigns
+        Whether there are domain experts that are handed out, so that the capacities of the
+        assignment must be feasible.
+    keeps
+        Whether clients keep state for themselves from one round to the next: ``kept_KKK.h5``.
+    pooled
+        Whether all data lie in one place: client 0 trains on those of all clients, and takes as
+        many steps as they would together.
+    adapts
+        Whether linear layers get LoRA adapters.
+    uses
+        Sections of the config that this run depends on beyond those of all runs.
+    """
+
+    module: str
+    trains: bool = True
+    assigns: bool = False
+    keeps: bool = False
+    pooled: bool = False
+    adapts: bool = True
+    uses: tuple[Section, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -20,29 +55,71 @@ class Row:
     ----------
     run
         Name of the federated run; several rows may share one.
-    module
-        Module in ``fedamole/methods`` with the run's method; variants share a module.
     evaluated
         ``"local"``: each client's model right after its local training, the personalised number.
         ``"aggregated"``: the averaged model, tested on every client.
-    trains
-        False for a row without any training round.
-    assigns
-        True if experts choose clients, so that the capacities of the assignment must be feasible.
     """
 
     run: str
-    module: str
     evaluated: Evaluated
-    trains: bool = True
-    assigns: bool = False
+
+    @property
+    def trains(self) -> bool:
+        """Whether the run has training rounds."""
+        return RUNS[self.run].trains
+
+    @property
+    def assigns(self) -> bool:
+        """Whether the run hands out domain experts."""
+        return RUNS[self.run].assigns
 
 
+RUNS: dict[str, Run] = {
+    "fedamole": Run("fedamole", assigns=True),
+    "fedit": Run("fedit"),
+    "zero-shot": Run("zero_shot", trains=False, adapts=False),
+    "fedamole-static": Run("fedamole", assigns=True),
+    "fedamole-random": Run("fedamole", assigns=True),
+    "fedamole-homo": Run("fedamole", assigns=True),
+    "fedamole-noshared": Run("fedamole", assigns=True),
+    "fedamole-linear-router": Run("fedamole", assigns=True),
+    "fedamole-greedy": Run("fedamole", assigns=True),
+    "fedamole-client-chooses": Run("fedamole", assigns=True),
+    "fedprompt": Run("soft_prompts", adapts=False, uses=("prompt",)),
+    "fedptuning": Run("soft_prompts", adapts=False, uses=("prompt",)),
+    "fdlora": Run("fdlora", keeps=True, uses=("fdlora",)),
+    "fedapen": Run("mutual", keeps=True, uses=("fedapen",)),
+    "fml": Run("mutual", keeps=True),
+    "fedsa-lora": Run("fedsa_lora", keeps=True),
+    "fedalt": Run("fedalt", keeps=True),
+    "local": Run("local", keeps=True),
+    "centralised": Run("centralised", pooled=True),
+}
+
+# Colours in figures follow this order, so new rows go to the end.
 METHODS: dict[str, Row] = {
-    "fedamole": Row("fedamole", "fedamole", "local", assigns=True),
-    "fedit": Row("fedit", "fedit", "aggregated"),
-    "fedit-ft": Row("fedit", "fedit", "local"),
-    "zero-shot": Row("zero-shot", "zero_shot", "aggregated", trains=False),
+    "fedamole": Row("fedamole", "local"),
+    "fedit": Row("fedit", "aggregated"),
+    "fedit-ft": Row("fedit", "local"),
+    "zero-shot": Row("zero-shot", "aggregated"),
+    "fedprompt": Row("fedprompt", "aggregated"),
+    "fedprompt-ft": Row("fedprompt", "local"),
+    "fedptuning": Row("fedptuning", "aggregated"),
+    "fedptuning-ft": Row("fedptuning", "local"),
+    "fdlora": Row("fdlora", "local"),
+    "fedapen": Row("fedapen", "local"),
+    "fml": Row("fml", "local"),
+    "fedsa-lora": Row("fedsa-lora", "local"),
+    "fedalt": Row("fedalt", "local"),
+    "local": Row("local", "local"),
+    "centralised": Row("centralised", "aggregated"),
+    "fedamole-static": Row("fedamole-static", "local"),
+    "fedamole-random": Row("fedamole-random", "local"),
+    "fedamole-homo": Row("fedamole-homo", "local"),
+    "fedamole-noshared": Row("fedamole-noshared", "local"),
+    "fedamole-linear-router": Row("fedamole-linear-router", "local"),
+    "fedamole-greedy": Row("fedamole-greedy", "local"),
+    "fedamole-client-chooses": Row("fedamole-client-chooses", "local"),
 }
 
 

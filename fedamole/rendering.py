@@ -4,6 +4,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Literal
 
 PERCENT = 100
@@ -23,13 +24,19 @@ class Cell:
     Attributes
     ----------
     mean
-        The value, or the mean over seeds.
+        The value, or the mean over seeds; not a number prints ``n/a``.
     std
         Sample standard deviation over seeds; None for a single seed.
     """
 
     mean: float
     std: float | None = None
+
+
+def over_seeds(values: Sequence[float]) -> Cell:
+    """Mean and sample standard deviation; one value has no deviation, nor has what is no number."""
+    mean = fmean(values)
+    return Cell(mean, stdev(values) if len(values) > 1 and not math.isnan(mean) else None)
 
 
 @dataclass(frozen=True)
@@ -151,19 +158,22 @@ def _print(column: Column, decimals: int, markup: Markup) -> dict[str, str]:
     """Map each method to its marked number in a column."""
     means = {method: number(cell.mean, decimals) for method, cell in column.cells.items()}
     # Ranked as printed: two numbers that a reader cannot tell apart are marked alike.
-    ranking = sorted({float(text) for text in means.values()}, reverse=column.best == "highest")
+    known = {means[method] for method, cell in column.cells.items() if not math.isnan(cell.mean)}
+    ranking = sorted(known, key=float, reverse=column.best == "highest")
     patterns = {}
     if column.best and len(means) > 1:
         patterns = dict(zip(ranking, (markup.best, markup.second), strict=False))
     texts = {}
     for method, cell in column.cells.items():
         spread = "" if cell.std is None else markup.plus_minus + number(cell.std, decimals)
-        texts[method] = patterns.get(float(means[method]), "{}").format(means[method]) + spread
+        texts[method] = patterns.get(means[method], "{}").format(means[method]) + spread
     return texts
 
 
 def number(value: float, decimals: int, sign: Literal["-", "+"] = "-") -> str:
-    """Print a number with fixed decimals; zero never has a minus."""
+    """Print a number with fixed decimals; zero never has a minus, and what is no number is n/a."""
+    if math.isnan(value):
+        return "n/a"
     # Adding 0.0 turns the -0.0 that rounding may leave into 0.0.
     return f"{round(value, decimals) + 0.0:{sign}.{decimals}f}"
 

@@ -20,6 +20,7 @@ from fedamole.records import (
     RECORDS,
     AssignmentRecord,
     ClientRecord,
+    DropoutRecord,
     PartitionRecord,
     RunRecord,
 )
@@ -29,9 +30,10 @@ from fedamole.stages import ResultsStage
 TABLE_FORMATS = ("csv", "md", "tex", "html")
 
 
-def table_names() -> list[str]:
-    """Names of the files that ``fedamole tables`` writes."""
-    return [f"{table}.{suffix}" for table in ("main", "clients") for suffix in TABLE_FORMATS]
+def table_names(settings: ResultsStage) -> list[str]:
+    """Names of the files that ``fedamole tables`` writes: each table in all formats."""
+    tables = ["main", "clients", *(["assignments"] if with_experts(settings) else [])]
+    return [f"{table}.{suffix}" for table in tables for suffix in TABLE_FORMATS]
 
 
 def figure_names(settings: ResultsStage) -> list[str]:
@@ -76,7 +78,7 @@ class Run:
     partition
         Its data.
     rounds
-        Round -> the records of clients 0 .. K - 1, in that order.
+        Round -> the records of the clients that were tested in it, in their order.
     assignments
         Round -> assignment; empty for a method without experts.
     """
@@ -91,19 +93,29 @@ class Run:
         """The last evaluated round; 0 for a method that does not train."""
         return max(self.rounds)
 
-    def mean_score(self, round_: int) -> float:
-        """Unweighted mean of the clients' scores, in [0, 1]."""
-        return fmean(client.score for client in self.rounds[round_])
+    def counted(self, rule: Literal["last", "best"]) -> list[ClientRecord]:
+        """Records that count, one per client that ever took part, in their order.
 
-    def mean_loss(self, round_: int) -> float:
-        """Unweighted mean of the clients' evaluation losses, in nats."""
-        return fmean(client.eval_loss for client in self.rounds[round_])
+        Parameters
+        ----------
+        rule
+            ``last``: of the last round in which a client took part. ``best``: of the earliest round
+            with the lowest mean evaluation loss.
+        """
+        if rule == "best":
+            return self.rounds[min(sorted(self.rounds), key=lambda t: mean_loss(self.rounds[t]))]
+        last = {record.client: record for t in sorted(self.rounds) for record in self.rounds[t]}
+        return [last[client] for client in sorted(last)]
 
-    def counted_round(self, rule: Literal["last", "best"]) -> int:
-        """Round that counts: the last, or the earliest with the lowest mean evaluation loss."""
-        if rule == "last":
-            return self.last_round
-        return min(sorted(self.rounds), key=self.mean_loss)
+
+def mean_score(records: Sequence[ClientRecord]) -> float:
+    """Unweighted mean of the clients' scores, in [0, 1]."""
+    return fmean(record.score for record in records)
+
+
+def mean_loss(records: Sequence[ClientRecord]) -> float:
+    """Unweighted mean of the clients' evaluation losses, in nats."""
+    return fmean(record.eval_loss for record in records)
 
 
 @dataclass(frozen=True)
@@ -214,12 +226,15 @@ def _assemble(path: Path, records: Mapping[str, list[Any]]) -> Run:
     for client in sorted(records["client"], key=lambda record: (record.round, record.client)):
         rounds.setdefault(client.round, []).append(client)
     _check_rounds(path, "client", rounds, expected)
+    dropouts: list[DropoutRecord] = records["dropout"]
     for round_, clients in rounds.items():
         indices = [client.client for client in clients]
-        if indices != list(range(info.clients)):
+        everyone = (info.took_part or {}).get(round_, list(range(info.clients)))
+        lost = {record.client for record in dropouts if record.round == round_}
+        if indices != [client for client in everyone if client not in lost]:
+            needed = f"0 to {info.clients - 1}" if info.took_part is None else everyone
             raise FedamoleError(
-                f"{path}: round {round_} has clients {indices}; "
-                f"each of 0 to {info.clients - 1} is needed once"
+                f"{path}: round {round_} has clients {indices}; each of {needed} is needed once"
             )
     assignments: list[AssignmentRecord] = records["assignment"]
     if assignments or row.assigns:
@@ -244,6 +259,7 @@ def _check_shapes(path: Path, run: Run) -> None:
         raise FedamoleError(f"{path}: the partition is not {clients} clients x its classes")
     for round_, record in run.assignments.items():
         lengths = {len(record.modules), len(record.holders), len(record.objective)}
+        lengths |= {len(sums) for sums in (record.optimum, record.chance) if sums is not None}
         experts = {len(module) for module in record.holders}
         holders = {client for module in record.holders for held in module for client in held}
         if len(lengths) > 1 or experts != {record.num_experts} or holders - set(range(clients)):

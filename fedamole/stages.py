@@ -8,7 +8,9 @@ import hashlib
 import json
 
 from fedamole.config import Config, SectionT
-from fedamole.registry import METHODS, lookup
+from fedamole.participation import Participation
+from fedamole.randomness import stream
+from fedamole.registry import RUNS, lookup
 from fedamole.settings import (
     AdapterSettings,
     AggregationSettings,
@@ -18,6 +20,11 @@ from fedamole.settings import (
     BackboneSource,
     DatasetSettings,
     EvaluationSettings,
+    FdloraSettings,
+    FedapenSettings,
+    ParticipationSettings,
+    PrivacySettings,
+    PromptSettings,
     ScenarioSettings,
     Section,
     TablesSettings,
@@ -85,6 +92,16 @@ class RunStage(Section):
     """How the server averages."""
     training: TrainingSettings
     """Local training."""
+    participation: ParticipationSettings = ParticipationSettings()
+    """Which clients take part in a round."""
+    privacy: PrivacySettings = PrivacySettings()
+    """What hides a client's data in its uploads."""
+    prompt: PromptSettings = PromptSettings()
+    """Soft prompts."""
+    fdlora: FdloraSettings = FdloraSettings()
+    """FDLoRA."""
+    fedapen: FedapenSettings = FedapenSettings()
+    """FedAPEN."""
 
     @property
     def label(self) -> str:
@@ -106,6 +123,33 @@ class RunStage(Section):
         """The model."""
         source, loading = self.tokens.backbone.backbone, self.loading
         return BackboneSettings(**source.model_dump(), **loading.model_dump())
+
+    def steps_of(self, client: int, num_examples: float) -> int:
+        """Optimizer steps of a client in a round; where data are pooled those of all clients.
+
+        Parameters
+        ----------
+        client
+            Index of the client.
+        num_examples
+            Examples that it trains on.
+        """
+        if self.population.pooled and not self.training.local_epochs:
+            return sum(self._own_steps(k, num_examples) for k in range(self.scenario.clients))
+        return self._own_steps(client, num_examples)
+
+    def _own_steps(self, client: int, num_examples: float) -> int:
+        """Steps of a client's own device."""
+        fewest, most = self.training.min_steps, self.training.most_steps(num_examples)
+        if fewest is None:
+            return most
+        return int(stream(self.seed, "steps", client).integers(fewest, most + 1))
+
+    @property
+    def population(self) -> Participation:
+        """Who takes part in which round."""
+        pooled, clients = RUNS[self.run].pooled, self.scenario.clients
+        return Participation(self.participation, clients, self.seed, pooled)
 
 
 class ClientStage(Section):
@@ -167,26 +211,41 @@ def run_stage(config: Config, scenario: str, run: str) -> RunStage:
 
     What a run does not use keeps its default: a change of the assignment reruns no baseline.
     """
-    rows = [row for row in METHODS.values() if row.run == run]
-    trains, assigns = any(row.trains for row in rows), any(row.assigns for row in rows)
-    adapter = config.adapter
-    if not assigns:
+    facts = RUNS[run]
+    adapter = config.adapter if facts.adapts else AdapterSettings()
+    if not facts.assigns:
         adapter = AdapterSettings(**adapter.model_dump(exclude={"top_k", "balance_weight"}))
-    untrained = TrainingSettings(cpu_threads=config.training.cpu_threads)
-    if config.training.zero_stage == 3:
-        # A model that is cut over ranks to be trained may not fit one of them to be tested.
-        kept = config.training.model_dump(include={"cpu_threads", "ranks", "deepspeed"})
-        untrained = TrainingSettings(batch_size=config.training.ranks, **kept)
+    training = config.training
+    if not facts.trains:
+        training = _untrained(config.training)
+    averages = facts.trains and not facts.pooled
+    privacy = PrivacySettings(
+        embeddings=config.privacy.embeddings if facts.assigns else None,
+        dp_sgd=config.privacy.dp_sgd if facts.trains else None,
+    )
     return RunStage(
         version=VERSIONS["run"],
         run=run,
         tokens=tokens_stage(config, scenario),
         loading=_part(config.backbone, BackboneLoading),
-        adapter=adapter if trains else AdapterSettings(),
-        assignment=config.assignment if assigns else AssignmentSettings(),
-        aggregation=config.aggregation if trains else AggregationSettings(),
-        training=config.training if trains else untrained,
+        adapter=adapter,
+        assignment=config.assignment if facts.assigns else AssignmentSettings(),
+        aggregation=config.aggregation if averages else AggregationSettings(),
+        training=training,
+        participation=config.participation if averages else ParticipationSettings(),
+        privacy=privacy,
+        **{section: getattr(config, section) for section in facts.uses},
     )
+
+
+def _untrained(training: TrainingSettings) -> TrainingSettings:
+    """What of the training matters to a model that is only tested."""
+    kept = {"cpu_threads"}
+    if training.zero_stage == 3:
+        # A model that is cut over ranks to be trained may not fit one of them to be tested.
+        kept |= {"ranks", "deepspeed"}
+        return TrainingSettings(batch_size=training.ranks, **training.model_dump(include=kept))
+    return TrainingSettings(**training.model_dump(include=kept))
 
 
 def client_stage(config: Config, scenario: str, run: str) -> ClientStage:

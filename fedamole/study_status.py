@@ -5,19 +5,20 @@ Pure functions from what the results folder, SLURM and the process table say, wh
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
 from fedamole.config import Config
-from fedamole.planning.workload import RunWork, works_of
+from fedamole.participation import Participation
+from fedamole.planning.workload import RunWork, population_of, works_of
 from fedamole.progress import ClientProgress, Work
 
 # Finished rounds that tell how long the next ones will take. Older ones ran on other nodes or under
 # another load, and a long study has too many to read.
 LAST_ROUNDS = 5
 
-ClientState = Literal["done", "running", "waiting", "failed", "lost"]
+ClientState = Literal["done", "running", "waiting", "failed", "lost", "dropped"]
 # Of a job or a process: ``waits`` for a node; nobody can tell here if it is ``unknown``.
 Life = Literal["waits", "lives", "gone", "unknown"]
 LifeOf = Callable[[ClientProgress], Life]
@@ -33,15 +34,26 @@ class Plan:
         Scenario slug, name of the run, ``train`` or ``test``.
     rounds
         Numbers of the rounds, ascending; only 0 for a run without training.
-    clients
-        Number of clients.
+    population
+        Who takes part in which round of training.
     """
 
     scenario: str
     run: str
     work: Work
     rounds: tuple[int, ...]
-    clients: int
+    population: Participation
+
+    def clients(self, round_: int) -> list[int]:
+        """Clients that work in a round; averaged models are tested on all."""
+        if self.work == "test":
+            return list(range(self.population.clients))
+        return self.population.reporting(round_)
+
+    @property
+    def may_drop(self) -> bool:
+        """Whether a round goes on without a client that fails for good."""
+        return self.work == "train" and self.population.settings.quorum < 1
 
 
 @dataclass(frozen=True)
@@ -71,14 +83,18 @@ class RoundStatus:
     Attributes
     ----------
     round, states
-        Number of the round, and the state of each client by its index.
+        Number of the round, and the state of each client that takes part in it.
     unknown
         Running clients of which nobody can tell here whether they still live.
     """
 
     round: int
-    states: tuple[ClientState, ...]
+    states: Mapping[int, ClientState]
     unknown: int = 0
+
+    def count(self, state: ClientState) -> int:
+        """Clients in this state."""
+        return list(self.states.values()).count(state)
 
 
 @dataclass(frozen=True)
@@ -112,7 +128,8 @@ class Failure:
     Attributes
     ----------
     round, client, state
-        Which one, and whether it ``failed`` with an error or is ``lost``: died without a word.
+        Which one, and whether it ``failed`` with an error, is ``lost``: died without a word, or was
+        ``dropped``: failed for good, and the round goes on without it.
     error
         Why, in one line.
     """
@@ -143,6 +160,8 @@ class WorkStatus:
         Of the last finished rounds and those not done; None before the first client is done.
     failures
         Of the rounds that are not done.
+    dropouts
+        Of these, and of the last finished rounds.
     """
 
     plan: Plan
@@ -152,6 +171,7 @@ class WorkStatus:
     seconds_per_round: float | None
     slowest: SlowestClient | None
     failures: tuple[Failure, ...]
+    dropouts: tuple[Failure, ...] = ()
 
     @property
     def seconds_left(self) -> float | None:
@@ -201,8 +221,12 @@ class StudyStatus:
 
     def seconds_left(self, work: WorkStatus) -> float | None:
         """Estimate for one of the works; tests end no sooner than the training of their models."""
-        run = replace(work.plan, work="train")
-        training = [other.seconds_left for other in self.works if other.plan == run]
+        run = (work.plan.scenario, work.plan.run, "train")
+        training = [
+            other.seconds_left
+            for other in self.works
+            if (other.plan.scenario, other.plan.run, other.plan.work) == run
+        ]
         left = [seconds for seconds in (work.seconds_left, *training) if seconds is not None]
         return max(left) if len(left) == 1 + len(training) else None
 
@@ -210,8 +234,8 @@ class StudyStatus:
 def plans_of(config: Config) -> list[Plan]:
     """List what the runs of a study have to do, in the order of the config."""
     return [
-        Plan(slug, work.run, kind, rounds, scenario.clients)
-        for slug, (scenario, _) in config.scenario_seeds().items()
+        Plan(slug, work.run, kind, rounds, population_of(config, slug, work))
+        for slug in config.scenario_seeds()
         for work in works_of(config)
         for kind, rounds in _kinds_of(work, config.rounds)
     ]
@@ -230,7 +254,7 @@ def done_rounds(plan: Plan, rounds: Rounds) -> list[int]:
     """List the finished rounds of a plan."""
     done: list[int] = []
     for round_ in plan.rounds:
-        if len(rounds[round_].outputs) == plan.clients:
+        if rounds[round_].outputs.issuperset(plan.clients(round_)):
             done.append(round_)
         elif plan.work == "train":
             # What lies behind a gap comes from an earlier study, and will be trained again.
@@ -278,7 +302,14 @@ def work_status(plan: Plan, rounds: Rounds, life_of: LifeOf, now: float) -> Work
         seconds_per_round=median(seconds) if seconds else None,
         slowest=max(slow, key=lambda client: (client.ratio, client.round), default=None),
         failures=tuple(
-            failure for each in still_open for failure in _failures(each, rounds[each.round])
+            failure
+            for each in still_open
+            for failure in _failures(each, rounds[each.round], "failed", "lost")
+        ),
+        dropouts=tuple(
+            failure
+            for each in states.values()
+            for failure in _failures(each, rounds[each.round], "dropped")
         ),
     )
 
@@ -291,10 +322,10 @@ def _round_status(plan: Plan, round_: int, facts: RoundFacts, life_of: LifeOf) -
         for client, record in records.items()
         if record.state == "running" and client not in facts.outputs
     }
-    states = tuple(
-        _state(client, records.get(client), facts, lives.get(client))
-        for client in range(plan.clients)
-    )
+    states = {
+        client: _state(client, records.get(client), facts, lives.get(client))
+        for client in plan.clients(round_)
+    }
     return RoundStatus(round_, states, list(lives.values()).count("unknown"))
 
 
@@ -302,6 +333,10 @@ def _state(
     client: int, record: ClientProgress | None, facts: RoundFacts, life: Life | None
 ) -> ClientState:
     """The state of one client: its results count more than its record."""
+    there = client in facts.outputs or client in facts.kept
+    if there and record and record.state == "dropped":
+        # Its files hold no results; they say that there are none.
+        return "dropped"
     if client in facts.outputs:
         return "done"
     if record and record.state == "failed":
@@ -355,12 +390,12 @@ def _timed(status: RoundStatus, facts: RoundFacts, now: float) -> list[SlowestCl
     ]
 
 
-def _failures(status: RoundStatus, facts: RoundFacts) -> list[Failure]:
-    """The clients of a round that ended without a result."""
+def _failures(status: RoundStatus, facts: RoundFacts, *kinds: ClientState) -> list[Failure]:
+    """The clients of a round that ended without a result in one of these ways."""
     return [
         Failure(status.round, record.client, status.states[record.client], _reason(record))
         for record in facts.records
-        if status.states[record.client] in ("failed", "lost")
+        if status.states[record.client] in kinds
     ]
 
 

@@ -1,4 +1,6 @@
-"""Tables of a study: methods x scenarios, methods x clients; as csv, Markdown and LaTeX.
+"""Tables of a study: methods x scenarios, x clients, x measures of their assignments.
+
+As csv, Markdown, LaTeX and HTML.
 
 The middle of ``fedamole tables``: metrics in, texts out. The same metrics give the same bytes.
 
@@ -9,12 +11,27 @@ seeds (arXiv:2411.19128, section 5.1). The gain of the reference method r in a s
 
 import math
 from collections.abc import Callable, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
+from fedamole.assignment_table import (
+    assignment_columns,
+    assignment_rows,
+    measured_assignments,
+)
+from fedamole.privacy_tables import client_epsilon_columns, epsilon_columns, privacy_fields
 from fedamole.records import METRIC_LABELS, ClientRecord
-from fedamole.rendering import PERCENT, Cell, Column, html_page, html_table, latex, markdown
-from fedamole.results import Metrics, Run, csv_text
+from fedamole.rendering import (
+    PERCENT,
+    Cell,
+    Column,
+    html_page,
+    html_table,
+    latex,
+    markdown,
+    over_seeds,
+)
+from fedamole.results import Metrics, csv_text, mean_loss, mean_score, with_experts
 from fedamole.stages import ResultsStage
 
 
@@ -27,28 +44,42 @@ def table_files(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
         File name (:func:`fedamole.results.table_names`) -> text.
     """
     scores, losses = score_columns(metrics, settings), loss_columns(metrics, settings)
+    blocks = [block for block in (scores, losses, epsilon_columns(metrics, settings)) if block]
+    columns = [column for block in blocks for column in block]
     reference, decimals = settings.tables.reference, settings.tables.decimals
-    clients = clients_columns(metrics, settings)
-    return {
+    files = {
         "main.html": html_page(
             "Methods and scenarios",
-            {"Methods and scenarios": html_table([*scores, *losses], reference, decimals)},
+            {"Methods and scenarios": html_table(columns, reference, decimals)},
         ),
         "main.csv": csv_text(main_rows(metrics, settings)),
-        "main.md": markdown([*scores, *losses], reference, decimals),
-        "main.tex": latex(scores, reference, decimals) + "\n" + latex(losses, reference, decimals),
-        "clients.html": html_page(
-            "Client by client",
-            {title: html_table(c, reference, decimals) for title, c in clients.items()},
-        ),
+        "main.md": markdown(columns, reference, decimals),
+        "main.tex": "\n".join(latex(block, reference, decimals) for block in blocks),
         "clients.csv": csv_text(clients_rows(metrics, settings)),
-        "clients.md": "\n".join(
+    }
+    clients = clients_columns(metrics, settings) | client_epsilon_columns(metrics, settings)
+    files |= _titled("clients", "Client by client", clients, settings)
+    if with_experts(settings):
+        measured = measured_assignments(metrics, settings)
+        files["assignments.csv"] = csv_text(assignment_rows(measured, settings))
+        files |= _titled("assignments", "Assignments", assignment_columns(measured), settings)
+    return files
+
+
+def _titled(
+    name: str, heading: str, tables: dict[str, list[Column]], settings: ResultsStage
+) -> dict[str, str]:
+    """Render several tables, each under its title, into one file per format."""
+    reference, decimals = settings.tables.reference, settings.tables.decimals
+    page = {title: html_table(columns, reference, decimals) for title, columns in tables.items()}
+    return {
+        f"{name}.html": html_page(heading, page),
+        f"{name}.md": "\n".join(
             f"**{title}**\n\n{markdown(columns, reference, decimals)}"
-            for title, columns in clients.items()
+            for title, columns in tables.items()
         ),
-        "clients.tex": "\n".join(
-            f"% {title}\n{latex(columns, reference, decimals)}"
-            for title, columns in clients.items()
+        f"{name}.tex": "\n".join(
+            f"% {title}\n{latex(columns, reference, decimals)}" for title, columns in tables.items()
         ),
     }
 
@@ -60,7 +91,7 @@ def score_columns(metrics: Metrics, settings: ResultsStage) -> list[Column]:
     """Scores in percent, one column per scenario, and their average if there are several."""
     columns = []
     for name, metric in _scenarios(settings):
-        cells = main_cells(metrics, settings, name, Run.mean_score, scale=PERCENT)
+        cells = main_cells(metrics, settings, name, mean_score, scale=PERCENT)
         title = f"{name} {METRIC_LABELS[metric]} (%)"
         columns.append(Column(title, cells, "highest", gain(cells, settings.tables.reference)))
     if len(columns) > 1:
@@ -71,7 +102,7 @@ def score_columns(metrics: Metrics, settings: ResultsStage) -> list[Column]:
 def loss_columns(metrics: Metrics, settings: ResultsStage) -> list[Column]:
     """Losses on the evaluation set in nats per token, one column per scenario."""
     return [
-        Column(f"{name} eval loss", main_cells(metrics, settings, name, Run.mean_loss), "lowest")
+        Column(f"{name} eval loss", main_cells(metrics, settings, name, mean_loss), "lowest")
         for name, _ in _scenarios(settings)
     ]
 
@@ -80,7 +111,7 @@ def main_cells(
     metrics: Metrics,
     settings: ResultsStage,
     name: str,
-    measure: Callable[[Run, int], float],
+    measure: Callable[[list[ClientRecord]], float],
     scale: float = 1,
 ) -> dict[str, Cell]:
     """Mean and spread over the seeds of a scenario, for each method.
@@ -94,21 +125,15 @@ def main_cells(
     name
         Scenario, without the seed.
     measure
-        Mean over clients of a run in a round.
+        Mean over the clients of a run.
     scale
         Factor on the numbers.
     """
     cells = {}
     for method in settings.methods:
-        runs = [metrics.run(slug, method) for slug in settings.scenarios[name]]
-        values = [scale * measure(run, run.counted_round(settings.tables.round)) for run in runs]
-        cells[method] = over_seeds(values)
+        counted = [_counted(metrics, settings, slug, method) for slug in settings.scenarios[name]]
+        cells[method] = over_seeds([scale * measure(records) for records in counted])
     return cells
-
-
-def over_seeds(values: Sequence[float]) -> Cell:
-    """Mean and sample standard deviation; one value has no deviation."""
-    return Cell(fmean(values), stdev(values) if len(values) > 1 else None)
 
 
 def gain(cells: dict[str, Cell], reference: str) -> float | None:
@@ -143,38 +168,46 @@ def clients_columns(metrics: Metrics, settings: ResultsStage) -> dict[str, list[
     for name, metric in _scenarios(settings):
         for slug in settings.scenarios[name]:
             scores = {
-                method: [
-                    PERCENT * client.score for client in _counted(metrics, settings, slug, method)
-                ]
+                method: {
+                    record.client: PERCENT * record.score
+                    for record in _counted(metrics, settings, slug, method)
+                }
                 for method in settings.methods
             }
             tables[f"{slug}: {METRIC_LABELS[metric]} (%)"] = _client_columns(scores)
     return tables
 
 
-def _client_columns(scores: dict[str, list[float]]) -> list[Column]:
-    """Columns for clients 0 .. K - 1 and their summary, from method -> scores of the clients."""
-    clients = range(len(next(iter(scores.values()))))
+def _client_columns(scores: dict[str, dict[int, float]]) -> list[Column]:
+    """Columns for all clients and their summary, from method -> client -> score.
+
+    A client that never took part in a method's rounds has no number there.
+    """
+    clients = sorted({client for by_client in scores.values() for client in by_client})
     columns = [
         Column(
-            f"client {k}", {method: Cell(values[k]) for method, values in scores.items()}, "highest"
+            f"client {k}",
+            {method: Cell(values.get(k, math.nan)) for method, values in scores.items()},
+            "highest",
         )
         for k in clients
     ]
-    means = {method: Cell(fmean(values)) for method, values in scores.items()}
-    worst = {method: Cell(min(values)) for method, values in scores.items()}
+    lists = {method: list(by_client.values()) for method, by_client in scores.items()}
+    means = {method: Cell(fmean(values)) for method, values in lists.items()}
+    worst = {method: Cell(min(values)) for method, values in lists.items()}
     columns += [Column("mean", means, "highest"), Column("worst", worst, "highest")]
     if len(clients) > 1:
-        columns.append(Column("std", {m: Cell(stdev(values)) for m, values in scores.items()}))
+        stds = {method: over_seeds(values).std for method, values in lists.items()}
+        spread = {m: Cell(math.nan if std is None else std) for m, std in stds.items()}
+        columns.append(Column("std", spread))
     return columns
 
 
 def _counted(
     metrics: Metrics, settings: ResultsStage, slug: str, method: str
 ) -> list[ClientRecord]:
-    """Client records of the round that counts."""
-    run = metrics.run(slug, method)
-    return run.rounds[run.counted_round(settings.tables.round)]
+    """Client records that count."""
+    return metrics.run(slug, method).counted(settings.tables.round)
 
 
 def _scenarios(settings: ResultsStage) -> list[tuple[str, str]]:
@@ -189,8 +222,8 @@ def main_rows(metrics: Metrics, settings: ResultsStage) -> list[dict[str, Any]]:
     """Rows of ``main.csv``: scores and gains as fractions, losses in nats per token."""
     rows = []
     for name, metric in _scenarios(settings):
-        scores = main_cells(metrics, settings, name, Run.mean_score)
-        losses = main_cells(metrics, settings, name, Run.mean_loss)
+        scores = main_cells(metrics, settings, name, mean_score)
+        losses = main_cells(metrics, settings, name, mean_loss)
         for method in settings.methods:
             is_reference = method == settings.tables.reference
             rows.append(
@@ -204,6 +237,7 @@ def main_rows(metrics: Metrics, settings: ResultsStage) -> list[dict[str, Any]]:
                     "eval_loss_mean": losses[method].mean,
                     "eval_loss_std": losses[method].std,
                     "gain": gain(scores, method) if is_reference else None,
+                    **privacy_fields(metrics, settings.scenarios[name], method),
                 }
             )
     return rows
@@ -219,5 +253,6 @@ def clients_rows(metrics: Metrics, settings: ResultsStage) -> list[dict[str, Any
                 shared = {"scenario": name, "seed": info.seed, "metric": metric, "method": method}
                 fields = {"round", "client", "score", "eval_loss", "num_eval", "num_test"}
                 for client in _counted(metrics, settings, slug, method):
-                    rows.append({**shared, **client.model_dump(include=fields)})
+                    private = privacy_fields(metrics, [slug], method, client.client)
+                    rows.append({**shared, **client.model_dump(include=fields), **private})
     return rows

@@ -1,9 +1,27 @@
 """Which linear layers of a backbone are adapted (torch-free)."""
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fedamole.errors import FedamoleError
 from fedamole.pools import ModuleShape
+
+
+@dataclass(frozen=True)
+class BackboneFacts:
+    """What the first pool of a run is made from.
+
+    Attributes
+    ----------
+    modules
+        Linear layers that get adapters.
+    folder
+        The prepared backbone, for methods that start from its weights.
+    """
+
+    modules: list[ModuleShape]
+    folder: Path
 
 
 def target_modules(record: dict[str, Any], targets: list[str] | None) -> list[ModuleShape]:

@@ -15,13 +15,24 @@ from fedamole.errors import FedamoleError
 # Those of the workflow, then those for people.
 MODULES = (
     *("backbone", "data", "init_server", "clients", "server", "gather", "results"),
-    *("show", "plan", "doctor", "submit", "status", "prune", "pool", "schema"),
+    *("show", "data_show", "plan", "doctor", "submit", "status", "prune", "pool", "schema"),
 )
 
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 # Commands whose output a person may cut short, for example with `| head`.
-FOR_PEOPLE = ("show", "plan", "doctor", "submit", "cancel", "status", "prune", "pool", "schema")
+FOR_PEOPLE = (
+    "show",
+    "data",
+    "plan",
+    "doctor",
+    "submit",
+    "cancel",
+    "status",
+    "prune",
+    "pool",
+    "schema",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from fedamole.errors import FedamoleError
 from fedamole.launching import LAUNCHER
 from fedamole.planning.model_size import ModelSize
 from fedamole.planning.times import Clock, Machine, assumed_machine, weights_seconds
-from fedamole.planning.workload import ClientData, testing_passes, training_passes, works_of
+from fedamole.planning.workload import ClientData, RunWork, population_of, works_of
 from fedamole.progress import Work, read_progress
 from fedamole.settings import Section
 
@@ -97,19 +97,21 @@ def measure(config: Config, size: ModelSize) -> Measurement:
         data = read_data(trial.tokens, trial.config, trial.slug)
     if data is None:
         raise FedamoleError(f"--calibrate: {trial.slug} was not tokenised")
-    machine = _as_fast(Clock(trial.with_steps(1), size, assumed_machine(config)), data, times)
+    clock = Clock(trial.with_steps(1), size, assumed_machine(config))
+    machine = _as_fast(clock, trial.work, data, times)
     return Measurement(machine, data, _words(times, trial.slug))
 
 
-def _as_fast(clock: Clock, data: ClientData, times: Times) -> Machine:
-    """The machine of a clock, made as fast as it was measured with steps of one each."""
-    config, machine = clock.config, clock.machine
-    step = clock.client([training_passes(config, data)])
+def _as_fast(clock: Clock, work: RunWork, data: ClientData, times: Times) -> Machine:
+    """The machine of a clock, made as fast as it was measured."""
+    machine = clock.machine
+    step = clock.client(clock.passes(data, work, "train_clients", 1)[:1])
+    test = clock.client(clock.passes(data, work, "evaluate_clients", 0))
     return replace(
         machine,
-        start_s=max(0.0, times.start - weights_seconds(config, clock.size)),
+        start_s=max(0.0, times.start - weights_seconds(clock.config, clock.size)),
         training=machine.training if times.step is None else times.step / step,
-        testing=times.test / clock.client(testing_passes(config, data)),
+        testing=times.test / test,
     )
 
 
@@ -158,7 +160,9 @@ class _Trial:
 
     def __init__(self, config: Config, folder: Path) -> None:
         # A run with experts costs most.
-        self.work = max(works_of(config), key=lambda work: (work.has_experts, work.trains))
+        self.work = max(
+            works_of(config), key=lambda work: (work.has_experts, work.trains, not work.pooled)
+        )
         few = dict.fromkeys(("max_embedding", "max_eval", "max_test"), config.evaluation.batch_size)
         scenario = config.scenarios[0].model_copy(update=few)
         self.config = config.model_copy(update={"scenarios": [scenario]})
@@ -169,7 +173,7 @@ class _Trial:
 
     def with_steps(self, steps: int) -> Config:
         """The config with so many training steps."""
-        few = {"steps": steps, "local_epochs": None}
+        few = {"steps": steps, "min_steps": None, "local_epochs": None}
         training = self.config.training.model_copy(update=few)
         return self.config.model_copy(update={"training": training})
 
@@ -187,10 +191,11 @@ class _Trial:
 
     def run(self) -> Times:
         """Train two clients in one process, and test them in another."""
-        clients = list(range(min(2, self.config.scenarios[0].clients)))
+        # Of those that take part: others hold no experts.
+        clients = population_of(self.config, self.slug, self.work).drawn(1)[:2]
         tested = self._clients("test", clients)
         test = tested.clients[-1]
-        metrics = json.loads((self.folder / "test" / "metrics_0.json").read_text())
+        metrics = json.loads((self.folder / "test" / f"metrics_{clients[-1]}.json").read_text())
         return Times(
             # The first client of a process also waits for the weights; what counts is the last.
             start=max(0.0, tested.elapsed - len(clients) * test),
@@ -202,10 +207,12 @@ class _Trial:
     def _step(self, clients: list[int], test: float) -> float:
         """Seconds of a training step, from the log where that says it well enough."""
         trained = self._clients("train", clients)
-        rates = re.findall(r" steps, ([\d.]+) steps/s", trained.log)
-        if rates and float(rates[-1]) > SLOW:
-            return 1 / float(rates[-1])
-        return max(SHORTEST_S, (trained.clients[-1] - test) / STEPS)
+        said = re.findall(r" (\d+) steps, ([\d.]+) steps/s", trained.log)
+        # Of pooled data a client takes the steps of all.
+        steps, rate = (int(said[-1][0]), float(said[-1][1])) if said else (STEPS, 0.0)
+        if rate > SLOW:
+            return 1 / rate
+        return max(SHORTEST_S, (trained.clients[-1] - test) / steps)
 
     def _clients(self, work: Work, clients: list[int]) -> _Done:
         """Train or test clients from a new pool."""

@@ -7,13 +7,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedamole import launching
 from fedamole.artifacts import Header, read_record, sha256, write_record
+from fedamole.backbone_limits import check_length
 from fedamole.cli.libraries import prepare_libraries
 from fedamole.config import parse
 from fedamole.errors import ClientError, FedamoleError
@@ -23,7 +24,7 @@ from fedamole.stages import ClientStage, digest
 
 if TYPE_CHECKING:
     from fedamole.client import ClientReport, ClientSession
-    from fedamole.pools import Assignment
+    from fedamole.pools import Assignment, KeptState
 
 logger = logging.getLogger(__name__)
 # Longest time for which a file written on one node may be invisible on another.
@@ -36,6 +37,15 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     _add_inputs(train)
     train.add_argument("--out-uploads", type=Path, nargs="+", required=True, metavar="FILE")
     train.add_argument("--out-metrics", type=Path, nargs="+", required=True, metavar="FILE")
+    train.add_argument(
+        "--kept",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="what clients kept when they last took part; none for those who never did",
+    )
+    train.add_argument("--out-kept", type=Path, nargs="*", default=[], metavar="FILE")
     train.set_defaults(command=run_train_clients)
     evaluate = subparsers.add_parser("evaluate-clients", help="test a pool on clients")
     _add_inputs(evaluate)
@@ -65,6 +75,11 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", type=int, nargs="+", metavar="K", help=argparse.SUPPRESS)
 
 
+# A client that fails so often drops out of its round, if the quorum allows it.
+MOST_ATTEMPTS = 2
+KINDS = {"train": ("upload", "metrics", "kept"), "test": ("metrics",)}
+
+
 @dataclass
 class _Job:
     """What all clients of one call share.
@@ -78,22 +93,26 @@ class _Job:
     settings
         Of the run and the evaluation.
     outputs
-        Client -> its files, in the order of the headers.
+        Client -> its files, in the order of KINDS.
+    kept
+        Client -> what it kept the last time it took part; not there if it never did.
     headers
-        What the headers of a client's files must be.
+        What the headers must be, by name of the file.
     """
 
     args: argparse.Namespace
     work: Work
     settings: ClientStage
     outputs: dict[int, list[Path]]
-    headers: list[Header] = field(init=False)
+    kept: dict[int, Path] = field(default_factory=dict)
+    headers: dict[str, Header] = field(init=False)
 
     def __post_init__(self) -> None:
-        parents = _parents(self.args)
-        self.headers = [Header("metrics", digest(self.settings), parents)]
-        if self.work == "train":
-            self.headers.insert(0, Header("upload", digest(self.settings.run), parents))
+        self.headers = {}
+        for client, parents in _parents(self.args, self.outputs, self.kept).items():
+            for kind, path in zip(KINDS[self.work], self.outputs[client], strict=False):
+                stage = self.settings if kind == "metrics" else self.settings.run
+                self.headers[path.name] = Header(kind, digest(stage), parents)
         self.progress = RoundProgress(self.args.progress, self.work)
         training = self.settings.run.training
         self.layout = Layout(
@@ -109,12 +128,22 @@ class _Job:
         """Whether a file of an earlier attempt is what this one would write."""
         from fedamole.pool_files import read_header
 
+        wanted = self.headers[path.name]
         try:
             if path.suffix == ".json":
-                return read_record(path, "metrics")[0] == self.headers[-1]
-            return read_header(path) == self.headers[0]
+                return read_record(path, "metrics")[0] == wanted
+            return read_header(path) in (wanted, replace(wanted, kind="dropout"))
         except FedamoleError:
             return False
+
+    def header(self, path: Path) -> Header:
+        """What the header of a file must be."""
+        return self.headers[path.name]
+
+    @property
+    def tolerant(self) -> bool:
+        """Whether a round may go on without some of its clients."""
+        return self.work == "train" and self.settings.run.participation.quorum < 1
 
 
 ForClient = Callable[["ClientSession", int, "list[Path]"], None]
@@ -123,24 +152,65 @@ ForClient = Callable[["ClientSession", int, "list[Path]"], None]
 def run_train_clients(args: argparse.Namespace) -> None:
     """Train clients; each one's files are kept as soon as it is done."""
     from fedamole.methods import load
-    from fedamole.pool_files import read_client_state, write_upload
+    from fedamole.pool_files import read_client_state, write_kept, write_upload
 
     settings = parse(ClientStage, args.settings, "--settings")
-    _check_lengths(args, args.out_uploads, args.out_metrics)
-    outputs = zip(args.clients, zip(args.out_uploads, args.out_metrics, strict=True), strict=True)
-    job = _Job(args, "train", settings, {client: list(paths) for client, paths in outputs})
+    lists = [args.out_uploads, args.out_metrics, *([args.out_kept] if args.out_kept else [])]
+    _check_lengths(args, *lists)
+    outputs = dict(zip(args.clients, map(list, zip(*lists, strict=True)), strict=True))
     run_digest = digest(settings.run)
+    job = _Job(args, "train", settings, outputs, _kept_by_client(args.kept, run_digest))
     assignment = _read_assignment(args.assignment, args.round, run_digest)
     method = load(settings.run.run)
 
     def train(session: "ClientSession", client: int, paths: list[Path]) -> None:
         state = read_client_state(args.pool, assignment, client, run_digest)
-        upload, report = method.train_client(session, client, args.round, state)
-        if _is_first_rank():
-            write_upload(paths[0], job.headers[0], upload)
-            _write_metrics(paths[1], job.headers[1], client, args.round, report)
+        kept = _read_kept(job, client)
+        result = method.train_client(session, client, args.round, state, kept)
+        if not _is_first_rank():
+            return
+        write_upload(paths[0], job.header(paths[0]), result.upload)
+        _write_metrics(paths[1], job.header(paths[1]), client, args.round, result.report)
+        if paths[2:]:
+            assert result.kept is not None, f"{settings.run.run} keeps nothing"
+            write_kept(paths[2], job.header(paths[2]), result.kept)
 
     _run(job, train)
+
+
+def _kept_by_client(paths: list[Path], run_digest: str) -> dict[int, Path]:
+    """Whose each file of kept state is."""
+    from fedamole.pool_files import read_kept
+
+    return {read_kept(path, run_digest).client: path for path in paths}
+
+
+def _read_kept(job: _Job, client: int) -> "KeptState | None":
+    """What a client kept the last time it took part; None if it never was done."""
+    from fedamole.pool_files import read_kept
+
+    if client not in job.kept:
+        return None
+    kept = read_kept(job.kept[client], digest(job.settings.run))
+    return kept if kept.round else None
+
+
+def _drop(job: _Job, client: int) -> None:
+    """Write files that say that a round goes on without a client; it keeps what it had."""
+    from fedamole.pool_files import write_dropout, write_kept
+    from fedamole.pools import KeptState
+
+    reason, round_ = job.progress.drop(client), job.args.round
+    logger.warning(
+        "%s round %d: client %d drops out: %s", job.settings.run.label, round_, client, reason
+    )
+    upload, metrics, *rest = map(job.progress.kept, job.outputs[client])
+    write_dropout(upload, replace(job.header(upload), kind="dropout"), client, round_, reason)
+    content = {"client": client, "round": round_, "dropped_out": reason}
+    write_record(metrics, job.header(metrics), content)
+    for path in rest:
+        before = _read_kept(job, client)
+        write_kept(path, job.header(path), before or KeptState(client, 0, {}, {}))
 
 
 def run_evaluate_clients(args: argparse.Namespace) -> None:
@@ -160,7 +230,7 @@ def run_evaluate_clients(args: argparse.Namespace) -> None:
         state = read_client_state(args.pool, assignment, client, run_digest)
         report = method.evaluate_client(session, client, args.round, state)
         if _is_first_rank():
-            _write_metrics(paths[0], job.headers[0], client, args.round, report)
+            _write_metrics(paths[0], job.header(paths[0]), client, args.round, report)
 
     _run(job, test)
 
@@ -179,20 +249,40 @@ def _run(job: _Job, do: ForClient) -> None:
     missing = job.missing()
     if done := [client for client in job.outputs if client not in missing]:
         logger.info("clients %s were done by an earlier attempt", _listed(done))
-    if missing:
-        died = None
-        try:
-            _start(job, missing, do)
-        except FedamoleError as error:
-            died = error
-        missing = _missing_at_last(job, wait=died is None)
-        if died and not missing:
-            logger.warning("%s, after its work was done", died)
-        elif died:
-            raise FedamoleError(f"{died}\n{_summary(job, missing)}") from died
-    if missing:
-        raise FedamoleError(_summary(job, missing))
+    died = None
+    for _ in range(MOST_ATTEMPTS if job.tolerant else 1):
+        missing = _without_lost(job, missing)
+        if missing:
+            missing, died = _attempt(job, missing, do)
+    if missing := _without_lost(job, missing):
+        summary = _summary(job, missing)
+        raise FedamoleError(f"{died}\n{summary}" if died else summary) from died
     job.progress.publish(job.outputs, job.is_current)
+
+
+def _without_lost(job: _Job, missing: list[int]) -> list[int]:
+    """Drop the clients that failed too often, if the round may go on without them."""
+    if not job.tolerant:
+        return missing
+    lost = [client for client in missing if job.progress.attempts(client) >= MOST_ATTEMPTS]
+    for client in lost:
+        _drop(job, client)
+    return [client for client in missing if client not in lost]
+
+
+def _attempt(
+    job: _Job, clients: list[int], do: ForClient
+) -> tuple[list[int], FedamoleError | None]:
+    """Do clients; give those without files afterwards, and why a process of theirs died."""
+    died = None
+    try:
+        _start(job, clients, do)
+    except FedamoleError as error:
+        died = error
+    missing = _missing_at_last(job, wait=died is None)
+    if died and not missing:
+        logger.warning("%s, after its work was done", died)
+    return missing, died
 
 
 def _missing_at_last(job: _Job, wait: bool) -> list[int]:
@@ -284,8 +374,13 @@ def _session(job: _Job) -> "Iterator[tuple[ClientSession, int]]":
     from fedamole.distributed import process_group
 
     args, settings = job.args, job.settings
-    read_record(args.backbone / "backbone.json", "backbone", digest(settings.run.tokens.backbone))
+    path, made_with = args.backbone / "backbone.json", digest(settings.run.tokens.backbone)
+    facts = read_record(path, "backbone", made_with)[1]
     store = TokenStore.open(args.tokens, digest(settings.run.tokens))
+    # A test adds one choice, or a whole generated answer, to a prompt shorter than max_length.
+    answer = max(map(len, store.choices), default=settings.evaluation.max_new_tokens + 1) - 1
+    max_length = settings.run.scenario.max_length
+    check_length(facts["name"], facts.get("positions"), max_length, answer)
     clients = settings.run.scenario.clients
     if beyond := [client for client in args.clients if not 0 <= client < clients]:
         raise FedamoleError(f"--clients {beyond[0]}: the scenario has clients 0 to {clients - 1}")
@@ -313,19 +408,24 @@ def _read_assignment(path: Path | None, round_: int, run_digest: str) -> "Assign
     return assignment
 
 
-def _parents(args: argparse.Namespace) -> dict[str, str]:
-    """Digests of what a client's result follows from."""
+def _parents(
+    args: argparse.Namespace, clients: Iterable[int], kept: Mapping[int, Path]
+) -> dict[int, dict[str, str]]:
+    """Digests of what the result of each client follows from."""
     try:
-        parents = {
+        shared = {
             "backbone": sha256(args.backbone / "backbone.json"),
             "tokens": sha256(args.tokens / "meta.json"),
             "pool": sha256(args.pool),
         }
         if args.assignment:
-            parents["assignment"] = sha256(args.assignment)
+            shared["assignment"] = sha256(args.assignment)
+        return {
+            client: shared | ({"kept": sha256(kept[client])} if client in kept else {})
+            for client in clients
+        }
     except OSError as error:
         raise FedamoleError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    return parents
 
 
 def _is_first_rank() -> bool:

@@ -12,7 +12,7 @@ from fedamole.config import parse
 from fedamole.pools import Assignment
 from fedamole.records import KIND
 from fedamole.registry import lookup
-from fedamole.stages import ClientStage, digest
+from fedamole.stages import ClientStage, RunStage, digest
 
 # What of a client's record the tables and figures use; its answers stay with the run.
 CLIENT_FIELDS = (
@@ -27,6 +27,7 @@ CLIENT_FIELDS = (
     "train_loss_first",
     "train_loss_last",
 )
+PRIVACY_FIELDS = ("epsilon", "delta")
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -48,7 +49,9 @@ def run_gather(args: argparse.Namespace) -> None:
 
     settings = parse(ClientStage, args.settings, "--settings")
     stage_digest = digest(settings)
-    clients = [read_record(path, "metrics", stage_digest)[1] for path in args.metrics]
+    tests = [read_record(path, "metrics", stage_digest)[1] for path in args.metrics]
+    clients = [record for record in tests if "dropped_out" not in record]
+    dropouts = [record for record in tests if "dropped_out" in record]
     partition = read_record(args.partition, "partition", digest(settings.run.tokens.scenario))[1]
     assignments = [read_assignment(path, digest(settings.run)) for path in args.assignments]
     parents = {
@@ -62,7 +65,8 @@ def run_gather(args: argparse.Namespace) -> None:
         _run_record(args.scenario, args.method, settings, clients),
         {"record": "partition", "classes": partition["classes"], "counts": partition["counts"]},
         *_client_records(clients),
-        *(_assignment_record(assignment, settings) for assignment in assignments),
+        *({"record": "dropout", "reason": r.pop("dropped_out"), **r} for r in dropouts),
+        *(_assignment_record(assignment, settings.run) for assignment in assignments),
     ]
     with replacing(args.out) as scratch:
         scratch.write_text("".join(canonical(record) + "\n" for record in records))
@@ -86,18 +90,27 @@ def _run_record(
         "clients": settings.run.scenario.clients,
         "rounds": max(record["round"] for record in clients),
         "evaluated": lookup(method).evaluated,
-    }
+    } | _took_part(method, settings, max(record["round"] for record in clients))
+
+
+def _took_part(method: str, settings: ClientStage, rounds: int) -> dict[str, Any]:
+    """Who was tested after each round, where these are not all clients."""
+    who = settings.run.population
+    if lookup(method).evaluated == "aggregated" or who.everyone:
+        return {}
+    return {"took_part": {str(t): who.reporting(t) for t in range(1, rounds + 1)}}
 
 
 def _client_records(clients: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """One record per round and client, in that order."""
     for record in sorted(clients, key=lambda record: (record["round"], record["client"])):
-        yield {"record": "client", **{field: record[field] for field in CLIENT_FIELDS}}
+        spent = {field: record[field] for field in PRIVACY_FIELDS if field in record}
+        yield {"record": "client", **{field: record[field] for field in CLIENT_FIELDS}, **spent}
 
 
-def _assignment_record(assignment: Assignment, settings: ClientStage) -> dict[str, Any]:
-    """Clients that hold each expert, module by module."""
-    fewest, most = settings.run.assignment.bounds(settings.run.adapter.top_k)
+def _assignment_record(assignment: Assignment, settings: RunStage) -> dict[str, Any]:
+    """Clients that hold each expert, module by module, and how good that is."""
+    fewest, most = settings.assignment.bounds(settings.adapter.top_k)
     holders = [
         [[int(k) for k in row_K.nonzero()[0]] for row_K in module_EK]
         for module_EK in assignment.holders_MEK
@@ -110,5 +123,24 @@ def _assignment_record(assignment: Assignment, settings: ClientStage) -> dict[st
         "holders": holders,
         "min_experts": fewest,
         "max_experts": most,
-        "objective": [float(value) for value in assignment.objective_M],
-    }
+        "objective": assignment.objective_M.tolist(),
+    } | _yardsticks(assignment, settings)
+
+
+def _yardsticks(assignment: Assignment, settings: RunStage) -> dict[str, list[float]]:
+    """Objectives of the best and of a random assignment, whatever strategy made this one."""
+    from fedamole.assignment import assign_all
+
+    drawn = settings.population.drawn(assignment.round)
+    best = assign_all(
+        assignment.scores_MEK,
+        settings.assignment,
+        settings.adapter.top_k,
+        assignment.modules,
+        assignment.round,
+        clients=drawn,
+    )
+    # At random, each of the clients holds an expert with the same probability.
+    share = settings.assignment.choices / len(drawn)
+    chance_M = share * assignment.scores_MEK.sum(axis=(1, 2), dtype=float)
+    return {"optimum": best.objective_M.tolist(), "chance": chance_M.tolist()}

@@ -4,7 +4,9 @@ import argparse
 from pathlib import Path
 
 from fedamole.artifacts import Header, read_record, sha256
+from fedamole.cli.libraries import prepare_libraries
 from fedamole.config import parse
+from fedamole.registry import RUNS
 from fedamole.stages import RunStage, digest
 
 
@@ -20,16 +22,22 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run_init_server(args: argparse.Namespace) -> None:
     """Write a fresh pool and an assignment for round 1."""
+    from fedamole.backbone_limits import check_loading
     from fedamole.methods import load
     from fedamole.pool_files import write_assignment, write_pool
-    from fedamole.targets import target_modules
+    from fedamole.targets import BackboneFacts, target_modules
 
     settings = parse(RunStage, args.settings, "--settings")
     record_path = args.backbone / "backbone.json"
     facts = read_record(record_path, "backbone", digest(settings.tokens.backbone))[1]
-    modules = target_modules(facts, settings.adapter.target_modules)
+    check_loading(facts, settings.loading)
+    adapts = RUNS[settings.run].adapts
+    modules = target_modules(facts, settings.adapter.target_modules) if adapts else []
+    if "prompt" in RUNS[settings.run].uses:
+        # A soft prompt starts from the tokenizer and the embeddings of the backbone.
+        prepare_libraries(offline=True)
     method = load(settings.run)
-    pool = method.init_pool(settings, modules)
+    pool = method.init_pool(settings, BackboneFacts(modules, args.backbone))
     assignment = method.assign(settings, pool, 1)
     header = Header("pool", digest(settings), {"backbone": sha256(record_path)})
     write_pool(args.out_pool, header, pool)

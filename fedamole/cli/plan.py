@@ -9,6 +9,8 @@ from typing import NamedTuple
 from fedamole.cli.pool import table
 from fedamole.cli.study import Study, read_benchmarks, read_config, read_study
 from fedamole.config import Config
+from fedamole.participation import Participation
+from fedamole.planning.contents import EMBEDDING, contents_of, virtual_tokens
 from fedamole.planning.memory import MARGIN, ZeRO, gpu_memory, job_memory_mb, zero_of
 from fedamole.planning.model_size import ModelSize
 from fedamole.planning.times import (
@@ -21,8 +23,14 @@ from fedamole.planning.times import (
     job_minutes,
 )
 from fedamole.planning.volumes import disk_of, volumes_of
-from fedamole.planning.workload import ClientData, assumed_data, job_counts, shards, works_of
-from fedamole.settings import ScenarioSettings
+from fedamole.planning.workload import (
+    ClientData,
+    assumed_data,
+    job_counts,
+    largest_jobs,
+    works_of,
+)
+from fedamole.settings import ParticipationSettings, ScenarioSettings
 
 MIB, GIB, HOUR = 2**20, 2**30, 3600
 RETENTIONS = {"disk: all": None, "last 2": 2, "last": 1}
@@ -53,11 +61,11 @@ def run_plan(args: argparse.Namespace) -> None:
     config, size = study.config, study.size
     if size is None:
         # A calibration would learn the size, but takes as long as preparing the model for good.
-        parts = [_jobs(config), [UNKNOWN.format(args.configfile)]]
+        parts = [_jobs(config), *_people(config), [UNKNOWN.format(args.configfile)]]
     else:
         study, clock, sources = _clock(study, size, args.calibrate)
-        parts = [_model(config, size), _jobs(config), _times(study, clock), _asks(config, size)]
-        parts += [_gpu(config, size), _volumes(config, size)]
+        parts = [_model(config, size), _jobs(config), *_people(config), _times(study, clock)]
+        parts += [_asks(config, size), _gpu(config, size), _volumes(config, size)]
         notes = [*sources, *_guesses(study, size)]
         parts += [["Where this comes from", *(f"- {note}" for note in notes)]]
     print("\n\n".join("\n".join(part) for part in parts))
@@ -80,6 +88,30 @@ def _jobs(config: Config) -> list[str]:
     """Count the jobs."""
     jobs = job_counts(config)
     return ["Jobs", *table([*jobs.items(), ("together", jobs.total())], ("rule", "jobs"))]
+
+
+def _people(config: Config) -> list[list[str]]:
+    """Say who takes part in a round and how much of it each does, where that is not all."""
+    lines = []
+    if config.participation != ParticipationSettings():
+        lines += [_participation(config, scenario) for scenario in config.scenarios]
+    training = config.training
+    if training.min_steps:
+        steps = f"{training.min_steps} to {training.most_steps(0)}"
+        lines.append(f"Every client takes its own number of steps, from {steps}.")
+    for work in works_of(config):
+        if work.pooled and work.trains:
+            lines.append(f"{work.run}: one client, which trains on the data of all.")
+    return [["Participation", *lines]] if lines else []
+
+
+def _participation(config: Config, scenario: ScenarioSettings) -> str:
+    """Say how many clients of a scenario take part in a round."""
+    who = Participation(config.participation, scenario.clients, config.seeds[0])
+    fewest = f"at least {who.fewest}" if who.fewest < who.size else "all of them"
+    text = f"{scenario.slug}: {who.size} of {who.clients} clients a round, {fewest} must report"
+    rate = config.participation.dropout_rate
+    return text + (f"; each drops out with probability {rate:g}" if rate else "")
 
 
 class _Cost(NamedTuple):
@@ -152,10 +184,10 @@ def _asks(config: Config, size: ModelSize) -> list[str]:
     memory = execution.mem_mb or job_memory_mb(config, size)
     rows = []
     for scenario in config.scenarios:
-        clients = shards(config, scenario.clients)[0]
-        minutes = execution.runtime or job_minutes(config, size, scenario, clients)
-        asked = (execution.nodes, execution.gpus, _cores(config), memory, minutes)
-        rows.append((scenario.slug, clients, *asked))
+        for pooled, clients in sorted(largest_jobs(config, scenario).items()):
+            minutes = execution.runtime or job_minutes(config, size, scenario, clients, pooled)
+            asked = (execution.nodes, execution.gpus, _cores(config), memory, minutes)
+            rows.append((scenario.slug, f"{clients} pooled" if pooled else clients, *asked))
     head = ("scenario", "clients", "nodes", "GPUs", "cores", "MB per node", "minutes")
     return ["What a job that trains or tests asks for", *table(rows, head)]
 
@@ -186,16 +218,21 @@ def _volumes(config: Config, size: ModelSize) -> list[str]:
     for scenario in config.scenarios:
         for work in works_of(config):
             volumes = volumes_of(config, size, scenario, work)
+            slugs = [scenario.seeded_slug(seed) for seed in config.seeds]
             disks = {
-                name: len(config.seeds) * disk_of(config, volumes, scenario, work, keep) / GIB
+                name: sum(disk_of(config, volumes, slug, work, keep) for slug in slugs) / GIB
                 for name, keep in RETENTIONS.items()
             }
             total = {name: total[name] + disks[name] for name in total}
-            traffic = (volumes.download / MIB, volumes.upload / MIB)
+            traffic = (volumes.download / MIB, volumes.upload / MIB, volumes.kept / MIB)
             cells = (f"{cell:.2f}" for cell in (*traffic, *disks.values()))
             rows += [(scenario.slug, work.run, *cells)] if work.trains else []
-    head = ("scenario", "run", "download MiB", "upload MiB", *(f"{name} GiB" for name in total))
-    title = "Traffic of a client per round; disk of uploads and pools, by the rounds that are kept"
+    files = ("download MiB", "upload MiB", "own MiB")
+    head = ("scenario", "run", *files, *(f"{name} GiB" for name in total))
+    title = (
+        "Traffic of a client per round, and what it keeps for itself; disk, by the rounds that are "
+        "kept"
+    )
     together = ", ".join(f"{disk:.2f}" for disk in total.values())
     if not rows:
         return ["Nothing is trained, so nothing is sent and hardly anything stored."]
@@ -261,7 +298,17 @@ def _guesses(study: Study, size: ModelSize) -> Iterator[str]:
         f"Jobs ask for {MARGIN:g} times the memory and {SAFETY:g} times the time that is expected, "
         "unless execution: mem_mb, runtime are set."
     )
-    yield "Traffic is a mean: a client holds num_experts * choices / clients experts per module."
+    if any(work.has_experts for work in works_of(config)):
+        yield (
+            "Traffic is a mean: a client holds num_experts * choices / clients experts per module, "
+            "of the clients that take part."
+        )
+    for run in config.runs():
+        if contents_of(run).shared == EMBEDDING:
+            yield (
+                f"At most: the prompt of {run} has {virtual_tokens(run, config.prompt)} tokens, "
+                "one for each byte of prompt: text. How many it has, only the tokenizer knows."
+            )
 
 
 def _data_line(study: Study, scenario: ScenarioSettings) -> str:

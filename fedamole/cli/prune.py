@@ -90,15 +90,19 @@ def _check_finished(config: Config, configfile: Path) -> None:
 
 
 def old_files(config: Config, slug: str, work: RunWork, keep: int) -> Iterator[Path]:
-    """Uploads and pools of a run that neither the newest rounds nor later ones need.
+    """Uploads, pools and kept states of a run that neither the newest nor later rounds need.
 
     The pool that a kept round started from stays: with it and the uploads of that round the
     study can go on. Round 0 stays as it is.
     """
     run = Path(config.results) / "runs" / slug / work.run
     oldest = config.rounds - keep + 1
+    who = stages.run_stage(config, slug, work.run).population
+    last = {client: who.last_before(client, oldest) for client in range(who.clients)}
     for round_ in range(1, oldest if work.trains else 1):
         folder = run / f"round_{round_:03d}"
         yield from sorted(folder.glob("client_*.h5"))
+        kept = {f"kept_{client:03d}.h5" for client, at in last.items() if at == round_}
+        yield from (path for path in sorted(folder.glob("kept_*.h5")) if path.name not in kept)
         if round_ < oldest - 1 and (folder / "pool.h5").is_file():
             yield folder / "pool.h5"

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +34,10 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run_aggregate(args: argparse.Namespace) -> None:
-    """Average the uploads into the next pool, in the order they are given."""
+    """Average the uploads into the next pool, in the order they are given.
+
+    A file that says that its client dropped out is no upload; the method decides how many it needs.
+    """
     from fedamole.methods import load
     from fedamole.pool_files import read_assignment, read_pool, write_pool
 
@@ -41,12 +45,26 @@ def run_aggregate(args: argparse.Namespace) -> None:
     run_digest = digest(settings)
     previous = read_pool(args.pool, run_digest)
     assignment = read_assignment(args.assignment, run_digest)
-    uploads = _uploads(args.uploads, run_digest)
+    label = f"{settings.label} round {previous.round + 1}"
+    reported = [path for path in args.uploads if not _dropped_out(path, run_digest, label)]
+    uploads = _uploads(reported, run_digest)
     pool = load(settings.run).aggregate(settings, previous, assignment, uploads)
     parents = {"pool": sha256(args.pool), "assignment": sha256(args.assignment)}
     parents |= {f"upload_{i:04}": sha256(path) for i, path in enumerate(args.uploads)}
     write_pool(args.out_pool, Header("pool", run_digest, parents), pool)
-    logger.info("%s round %d: %d uploads averaged", settings.label, pool.round, len(args.uploads))
+    logger.info("%s: %d uploads averaged", label, len(reported))
+
+
+def _dropped_out(path: Path, run_digest: str, label: str) -> bool:
+    """Whether a file says that its client dropped out; the log then says it too."""
+    from fedamole.pool_files import read_dropout
+
+    reason = read_dropout(path, run_digest)
+    if reason is not None:
+        logger.warning(
+            "%s: %s dropped out: %s (delete %s to let it try again)", label, path.stem, reason, path
+        )
+    return reason is not None
 
 
 def _uploads(paths: list[Path], run_digest: str) -> "Iterator[Upload]":
@@ -65,10 +83,15 @@ def run_assign(args: argparse.Namespace) -> None:
     settings = parse(RunStage, args.settings, "--settings")
     run_digest = digest(settings)
     pool = read_pool(args.pool, run_digest)
-    assignment = load(settings.run).assign(settings, pool, pool.round + 1)
+    method, began = load(settings.run), time.perf_counter()
+    assignment = method.assign(settings, pool, pool.round + 1)
+    milliseconds = 1000 * (time.perf_counter() - began)
     header = Header("assignment", run_digest, {"pool": sha256(args.pool)})
     write_assignment(args.out_assignment, header, assignment)
-    objective = assignment.objective_M.sum()
     logger.info(
-        "%s round %d: assigned, objective %.6f", settings.label, assignment.round, objective
+        "%s round %d: assigned in %.0f ms, objective %.6f",
+        settings.label,
+        assignment.round,
+        milliseconds,
+        assignment.objective_M.sum(),
     )

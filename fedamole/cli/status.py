@@ -18,6 +18,7 @@ from fedamole.config import Config
 from fedamole.errors import FedamoleError
 from fedamole.progress import ClientProgress, read_progress
 from fedamole.study_status import (
+    ClientState,
     Failure,
     HeadJob,
     Life,
@@ -36,9 +37,16 @@ METRICS = {"train": "metrics", "test": "aggregated"}
 RULES = {"train": "train_clients", "test": "evaluate_clients"}
 # States of a SLURM job that holds no node, though it will.
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED")
-STATES = ("done", "running", "waiting", "failed", "lost")
-COUNTS = ("done", "runs", "wait", "fail", "lost")
-HEADINGS = ("run", "work", "rounds", "now", *COUNTS, "s/round", "left", "slowest client")
+# State of a client -> its column; the last one is there only where clients may drop out.
+COUNTS: dict[ClientState, str] = {
+    "done": "done",
+    "running": "runs",
+    "waiting": "wait",
+    "failed": "fail",
+    "lost": "lost",
+    "dropped": "drop",
+}
+DROPOUTS = "clients that dropped out of the last rounds, which go on without them"
 HEAD_STATES = {"waits": "queued", "lives": "running", "gone": "gone", "unknown": "state unknown"}
 
 
@@ -175,7 +183,7 @@ def _read_status(config: Config, queue: _Queue) -> StudyStatus:
 def _facts(results: Path, plan: Plan, round_: int) -> RoundFacts:
     """All that the folder says about a round."""
     progress = _round_folder(results, "progress", plan, round_)
-    kept = _clients(progress, plan)
+    kept = _clients(progress, plan, round_)
     records = read_progress(progress) if progress.is_dir() else []
     return RoundFacts(
         # After what is kept: files move from there to here, and are in both for a moment.
@@ -184,14 +192,14 @@ def _facts(results: Path, plan: Plan, round_: int) -> RoundFacts:
         records=tuple(
             record
             for record in records
-            if record.work == plan.work and record.client < plan.clients
+            if record.work == plan.work and record.client in plan.clients(round_)
         ),
     )
 
 
 def _outputs(results: Path, plan: Plan, round_: int) -> frozenset[int]:
     """Clients whose metrics are in their place."""
-    return _clients(_round_folder(results, "runs", plan, round_), plan)
+    return _clients(_round_folder(results, "runs", plan, round_), plan, round_)
 
 
 def _round_folder(results: Path, kind: str, plan: Plan, round_: int) -> Path:
@@ -199,14 +207,14 @@ def _round_folder(results: Path, kind: str, plan: Plan, round_: int) -> Path:
     return results / kind / plan.scenario / plan.run / f"round_{round_:03d}"
 
 
-def _clients(folder: Path, plan: Plan) -> frozenset[int]:
-    """Clients of which a folder has the metrics."""
+def _clients(folder: Path, plan: Plan, round_: int) -> frozenset[int]:
+    """Clients of a round of which a folder has the metrics."""
     found = set()
     for name in _names(folder):
         word, _, rest = name.partition("_")
         if word == METRICS[plan.work] and rest.endswith(".json") and rest[:-5].isdigit():
             found.add(int(rest[:-5]))
-    return frozenset(client for client in found if client < plan.clients)
+    return frozenset(found.intersection(plan.clients(round_)))
 
 
 def _names(folder: Path) -> list[str]:
@@ -251,13 +259,12 @@ def _lines(config: Config, status: StudyStatus, file: Path) -> list[str]:
     if not any(work.begun for work in status.works):
         return [_before(config, status, file)]
     lines = [f"{config.results}, {time.strftime('%a %d %b %H:%M:%S')}", *_table(status)]
-    if failures := [
-        line
-        for work in status.works
-        for failure in work.failures
-        for line in _failure(Path(config.results), work.plan, failure)
-    ]:
-        lines += ["", "failures", *failures]
+    failures = [(work.plan, failure) for work in status.works for failure in work.failures]
+    dropouts = [(work.plan, dropout) for work in status.works for dropout in work.dropouts]
+    for title, found in (("failures", failures), (DROPOUTS, dropouts)):
+        if found:
+            lines += ["", title]
+            lines += [line for each in found for line in _failure(Path(config.results), *each)]
     if all(work.current is None for work in status.works):
         lines += ["", _after(config, file)]
     return lines
@@ -283,24 +290,40 @@ def _after(config: Config, file: Path) -> str:
 
 def _table(status: StudyStatus) -> list[str]:
     """The runs, one a line, under the slugs of their scenarios."""
-    rows = [_row(status, work) for work in status.works]
-    widths = [max(map(len, column)) for column in zip(HEADINGS, *rows, strict=True)]
-    lines = [_aligned(HEADINGS, widths)]
+    may_drop = any(work.plan.may_drop for work in status.works)
+    columns = [state for state in COUNTS if may_drop or state != "dropped"]
+    counts = (COUNTS[state] for state in columns)
+    headings = ("run", "work", "rounds", "now", *counts, "s/round", "left", "slowest client")
+    rows = [_row(status, work, columns) for work in status.works]
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    lines = [_aligned(headings, widths)]
     scenario = None
     for work, row in zip(status.works, rows, strict=True):
         if work.plan.scenario != scenario:
             scenario = work.plan.scenario
-            lines += ["", f"{scenario}, {work.plan.clients} clients"]
+            lines += ["", _heading(status, work.plan)]
         lines.append(_aligned(row, widths))
     return lines
 
 
-def _row(status: StudyStatus, work: WorkStatus) -> tuple[str, ...]:
+def _heading(status: StudyStatus, plan: Plan) -> str:
+    """A scenario, its clients, and how many of them take part in a round if not all do."""
+    populations = [
+        work.plan.population
+        for work in status.works
+        if work.plan.scenario == plan.scenario and not work.plan.population.pooled
+    ]
+    fewest = min((who.size for who in populations), default=plan.population.clients)
+    drawn = f", {fewest} a round" if fewest < plan.population.clients else ""
+    return f"{plan.scenario}, {plan.population.clients} clients{drawn}"
+
+
+def _row(status: StudyStatus, work: WorkStatus, columns: list[ClientState]) -> tuple[str, ...]:
     """The cells of a run."""
-    now, counts = "-", ["-"] * len(STATES)
+    now, counts = "-", ["-"] * len(columns)
     if work.current:
-        now, states = str(work.current.round), work.current.states
-        counts = [str(states.count(state)) for state in STATES]
+        now = str(work.current.round)
+        counts = [str(work.current.count(state)) for state in columns]
     rounds = f"{work.rounds_done}/{len(work.plan.rounds)}"
     pace = "n/a" if work.seconds_per_round is None else f"{work.seconds_per_round:.1f}"
     left = _duration(status.seconds_left(work)) if work.current else "done"

@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +13,7 @@ from fedamole.artifacts import read_record
 from fedamole.config import Config, load_config, read_yaml
 from fedamole.errors import FedamoleError
 from fedamole.planning.model_size import ModelSize, model_size
-from fedamole.planning.workload import ClientData, assumed_data, works_of
+from fedamole.planning.workload import ClientData, assumed_data, clients_by_round, works_of
 
 # (scenario slug, run, rule) -> seconds of a job per turn; see planning.times.Clock.
 Measured = dict[tuple[str, str, str], float]
@@ -107,16 +107,24 @@ def read_benchmarks(config: Config) -> Measured:
     for slug in config.scenario_seeds():
         for work in works_of(config):
             digest = stages.digest(stages.client_stage(config, slug, work.run))
-            for rule in work.model_rounds(config.rounds):
-                paths = Path(config.results, "benchmarks", slug, work.run).glob(f"*/{rule}_*.tsv")
+            for rule, rounds in work.model_rounds(config.rounds).items():
+                clients = clients_by_round(config, slug, work, rule)
+                numbers = range(1, rounds + 1) if work.trains else [0]
                 seconds = [
-                    _seconds_per_turn(path, config)
-                    for path in sorted(paths)
+                    _seconds_per_turn(path, here, config)
+                    for round_, here in zip(numbers, clients, strict=True)
+                    for path in _benchmarks(config, slug, work.run, round_, rule)
                     if _is_current(path, Path(config.results), rule, digest)
                 ]
                 if seconds:
                     found[slug, work.run, rule] = fmean(seconds)
     return found
+
+
+def _benchmarks(config: Config, slug: str, run: str, round_: int, rule: str) -> list[Path]:
+    """Benchmarks of the jobs of one round."""
+    folder = Path(config.results, "benchmarks", slug, run, f"round_{round_:03d}")
+    return sorted(folder.glob(f"{rule}_*.tsv"))
 
 
 def _is_current(benchmark: Path, results: Path, rule: str, digest: str) -> bool:
@@ -130,14 +138,14 @@ def _is_current(benchmark: Path, results: Path, rule: str, digest: str) -> bool:
     return True
 
 
-def _seconds_per_turn(path: Path, config: Config) -> float:
-    """Wall time of a finished job over the turns that its clients took."""
-    # train_clients_000_003 had four clients, train_clients_000 one.
+def _seconds_per_turn(path: Path, clients: Collection[int], config: Config) -> float:
+    """Wall time of a finished job over the turns that its clients, of those of a round, took."""
+    # train_clients_000_003 had those from 0 to 3 that took part, train_clients_000 one.
     try:
         with path.open(newline="") as stream:
             seconds = float(next(csv.DictReader(stream, delimiter="\t"))["s"])
         first, *last = (int(part) for part in path.stem.split("_")[2:])
     except (OSError, StopIteration, LookupError, ValueError, TypeError) as error:
         raise FedamoleError(f"{path}: is no benchmark of a finished job ({error})") from error
-    clients = (last[0] if last else first) - first + 1
-    return seconds / math.ceil(clients / config.execution.clients_at_once)
+    here = sum(first <= client <= (last[0] if last else first) for client in clients)
+    return seconds / math.ceil(here / config.execution.clients_at_once)

@@ -12,7 +12,7 @@ from fedamole.doctor.site import Site
 from fedamole.planning.memory import job_memory_mb
 from fedamole.planning.model_size import model_size
 from fedamole.planning.times import job_minutes
-from fedamole.planning.workload import shards
+from fedamole.planning.workload import largest_jobs
 from fedamole.snakemake_profile import Profile
 
 # Growth with every attempt, as in workflow/rules/cluster.smk.
@@ -82,8 +82,9 @@ def needs(config: Config) -> tuple[int, int]:
     execution = config.execution
     size = model_size(config.backbone, Path(config.results) / "backbones" / config.backbone.name)
     minutes = (
-        job_minutes(config, size, scenario, max(shards(config, scenario.clients)))
+        job_minutes(config, size, scenario, clients, pooled)
         for scenario in config.scenarios
+        for pooled, clients in largest_jobs(config, scenario).items()
     )
     return (
         execution.mem_mb or job_memory_mb(config, size),

@@ -161,7 +161,7 @@ def need(config: Config) -> float | None:
     if size is None:
         return None
     return sum(
-        disk_of(config, volumes_of(config, size, scenario, work), scenario, work, keep=None)
-        for scenario, _ in config.scenario_seeds().values()
+        disk_of(config, volumes_of(config, size, scenario, work), slug, work)
+        for slug, (scenario, _) in config.scenario_seeds().items()
         for work in works_of(config)
     )

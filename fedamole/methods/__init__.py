@@ -1,17 +1,18 @@
 """What a method is, and how to find one. Torch-free until a client's function is called."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from fedamole.errors import FedamoleError
-from fedamole.pools import Assignment, ClientState, ModuleShape, Pool, Upload
-from fedamole.registry import METHODS
+from fedamole.pools import Assignment, ClientState, KeptState, Pool, Upload
+from fedamole.registry import RUNS
 from fedamole.stages import RunStage
+from fedamole.targets import BackboneFacts
 
 if TYPE_CHECKING:
-    from fedamole.client import ClientReport, ClientSession
+    from fedamole.client import ClientReport, ClientResult, ClientSession
 
 
 @dataclass(frozen=True)
@@ -24,22 +25,24 @@ class Method:
     Attributes
     ----------
     init_pool
-        (settings, modules) -> the pool before training.
+        (settings, facts of the backbone) -> the pool before training.
     assign
         (settings, pool, round) -> who holds what in that round.
     aggregate
         (settings, previous pool, assignment, uploads) -> the pool after a round. ``uploads`` may be
-        read once only, in client order.
+        read once only, in client order; those of clients that dropped out are missing.
     train_client
-        (session, client, round, state) -> what the client uploads, and its metrics.
+        (session, client, round, state, kept) -> what the client uploads, its metrics, and what it
+        keeps for itself. ``kept`` is what it kept the last time it took part; None the first time,
+        and for methods whose clients keep nothing.
     evaluate_client
         (session, client, round, state) -> metrics of a model that is not trained here.
     """
 
-    init_pool: Callable[[RunStage, Sequence[ModuleShape]], Pool]
+    init_pool: Callable[[RunStage, BackboneFacts], Pool]
     assign: Callable[[RunStage, Pool, int], Assignment]
     aggregate: Callable[[RunStage, Pool, Assignment, Iterable[Upload]], Pool]
-    train_client: "Callable[[ClientSession, int, int, ClientState], tuple[Upload, ClientReport]]"
+    train_client: "Callable[[ClientSession, int, int, ClientState, KeptState | None], ClientResult]"
     evaluate_client: "Callable[[ClientSession, int, int, ClientState], ClientReport]"
 
 
@@ -51,8 +54,7 @@ def load(run: str) -> Method:
     FedamoleError
         If there is no such run.
     """
-    modules = {row.run: row.module for row in METHODS.values()}
-    if run not in modules:
-        raise FedamoleError(f"run {run!r} is unknown; allowed: {', '.join(modules)}")
-    runs: dict[str, Method] = import_module(f"fedamole.methods.{modules[run]}").RUNS
-    return runs[run]
+    if run not in RUNS:
+        raise FedamoleError(f"run {run!r} is unknown; allowed: {', '.join(RUNS)}")
+    methods: dict[str, Method] = import_module(f"fedamole.methods.{RUNS[run].module}").RUNS
+    return methods[run]

@@ -1,13 +1,12 @@
 """Zero-shot: the backbone as it is; the floor of every table."""
 
-from collections.abc import Sequence
-
 from fedamole.methods.building_blocks import adapter_method
-from fedamole.pools import ModuleShape, Pool
+from fedamole.pools import Pool
 from fedamole.stages import RunStage
+from fedamole.targets import BackboneFacts
 
 
-def init_pool(settings: RunStage, modules: Sequence[ModuleShape]) -> Pool:
+def init_pool(settings: RunStage, backbone: BackboneFacts) -> Pool:
     """Make a pool without any tensor."""
     return Pool(groups={}, num_experts=0, provenance=None)
 

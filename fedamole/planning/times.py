@@ -5,10 +5,12 @@ every job, so nothing here imports NumPy. Speeds are guesses on the safe side, u
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedamole.config import Config
+from fedamole.planning.contents import contents_of, virtual_tokens
 from fedamole.planning.memory import BYTES, zero_of
 from fedamole.planning.model_size import ModelSize
 from fedamole.planning.workload import (
@@ -16,8 +18,12 @@ from fedamole.planning.workload import (
     Passes,
     RunWork,
     assumed_data,
+    clients_by_round,
     embedding_passes,
+    examples_of,
     shards,
+    side_by_side,
+    steps_of,
     testing_passes,
     training_passes,
     works_of,
@@ -128,13 +134,26 @@ class Clock:
     machine: Machine
     measured: Mapping[tuple[str, str, str], float] = field(default_factory=dict)
 
-    def passes(self, data: ClientData, work: RunWork, rule: str) -> list[Passes]:
-        """All passes of one client in one round, by the rule of its job."""
+    def passes(self, data: ClientData, work: RunWork, rule: str, steps: float) -> list[Passes]:
+        """All passes of one client in one round.
+
+        Parameters
+        ----------
+        data, work
+            What the client has, and the run.
+        rule
+            ``train_clients`` or ``evaluate_clients``.
+        steps
+            Its optimizer steps; of no meaning where it is only tested.
+        """
+        prompt = virtual_tokens(work.run, self.config.prompt)
+        data = replace(data, tokens=data.tokens + prompt)
         tests = testing_passes(self.config, data)
         if rule == "evaluate_clients":
             return tests
-        embedding = [embedding_passes(self.config, data)] if work.has_experts else []
-        return [training_passes(self.config, data), *embedding, *tests]
+        training = training_passes(self.config, data, steps)
+        every = [training, *embedding_passes(self.config, data, work), *tests]
+        return [side_by_side(part, contents_of(work.run).models) for part in every]
 
     def client(self, passes: Iterable[Passes]) -> float:
         """Seconds of one client in one round."""
@@ -145,66 +164,105 @@ class Clock:
             for part in passes
         )
 
-    def job(self, data: ClientData, work: RunWork, rule: str, clients: int) -> float:
-        """Seconds of a job with so many clients."""
-        turns = math.ceil(clients / self.config.execution.clients_at_once)
+    def job(self, data: ClientData, work: RunWork, rule: str, steps: Sequence[float]) -> float:
+        """Seconds of a job whose clients take so many optimizer steps each; see :meth:`passes`."""
+        return self._job([self.client(self.passes(data, work, rule, each)) for each in steps])
+
+    def _job(self, clients: Sequence[float]) -> float:
+        """Seconds of a job whose clients take so many seconds each."""
+        lanes = self.config.execution.clients_at_once
         load = weights_seconds(self.config, self.size)
         # ZeRO-3 cuts the model into slices and needs a new one for the next client.
-        loads = turns if zero_of(self.config).stage == 3 else 1
-        return (
-            self.machine.start_s + loads * load + turns * self.client(self.passes(data, work, rule))
-        )
+        loads = math.ceil(len(clients) / lanes) if zero_of(self.config).stage == 3 else 1
+        busiest = max(sum(clients[lane::lanes]) for lane in range(lanes))
+        return self.machine.start_s + loads * load + busiest
 
-    def round(self, slug: str, data: ClientData, work: RunWork, rule: str) -> list[float]:
-        """Seconds of each job of one round."""
-        scenario, _ = self.config.scenario_seeds()[slug]
-        sizes = shards(self.config, scenario.clients)
+    def rounds(self, slug: str, data: ClientData, work: RunWork, rule: str) -> list[list[float]]:
+        """Seconds of each job of each round."""
         known = self.measured.get((slug, work.run, rule))
-        if known is None:
-            return [self.job(data, work, rule, clients) for clients in sizes]
         at_once = self.config.execution.clients_at_once
-        return [known * math.ceil(clients / at_once) for clients in sizes]
+        steps = self._steps(slug, data, work, rule)
+        seconds = {each: self.client(self.passes(data, work, rule, each)) for each in set(steps)}
+
+        def of_job(clients: Sequence[int]) -> float:
+            if known is not None:
+                return known * math.ceil(len(clients) / at_once)
+            return self._job([seconds[steps[client]] for client in clients])
+
+        return [
+            [of_job(clients) for clients in shards(self.config, everyone)]
+            for everyone in clients_by_round(self.config, slug, work, rule)
+        ]
+
+    def _steps(self, slug: str, data: ClientData, work: RunWork, rule: str) -> list[int]:
+        """Optimizer steps of each client; none where it is only tested."""
+        if rule == "train_clients":
+            return steps_of(self.config, slug, work, data)
+        return [0] * self.config.scenario_seeds()[slug][0].clients
+
+    def flops(self, slug: str, data: ClientData, work: RunWork, rule: str) -> float:
+        """Floating point operations of all clients in all rounds, on one rank."""
+        steps = self._steps(slug, data, work, rule)
+        rounds = clients_by_round(self.config, slug, work, rule)
+        counts = Counter(steps[client] for clients in rounds for client in clients)
+        return sum(
+            count * part.flops(self.size)
+            for each, count in counts.items()
+            for part in self.passes(data, work, rule, each)
+        )
 
     def run(self, slug: str, data: ClientData, work: RunWork) -> RunTime:
         """Add up a run."""
-        scenario, _ = self.config.scenario_seeds()[slug]
-        rounds = work.model_rounds(self.config.rounds)
-        jobs = {rule: self.round(slug, data, work, rule) for rule in rounds}
-        flops = sum(
-            number * part.flops(self.size)
-            for rule, number in rounds.items()
-            for part in self.passes(data, work, rule)
-        )
+        rules = work.model_rounds(self.config.rounds)
+        jobs = {rule: self.rounds(slug, data, work, rule) for rule in rules}
+        flops = sum(self.flops(slug, data, work, rule) for rule in rules)
         return RunTime(
-            flops=flops * self.config.training.ranks * scenario.clients,
-            seconds=sum(number * sum(jobs[rule]) for rule, number in rounds.items()),
+            flops=flops * self.config.training.ranks,
+            seconds=sum(sum(map(sum, rounds)) for rounds in jobs.values()),
             chain_s=self._chain(work, jobs),
-            chain_jobs=rounds.get("train_clients", 0) + work.tests_average,
+            chain_jobs=rules.get("train_clients", 0) + work.tests_average,
         )
 
-    def _chain(self, work: RunWork, jobs: Mapping[str, list[float]]) -> float:
+    def _chain(self, work: RunWork, jobs: Mapping[str, list[list[float]]]) -> float:
         """Longest chain of a run: tests of all rounds but the last run beside the training."""
         trained = self.config.rounds if work.trains else 0
-        seconds = trained * max(jobs.get("train_clients", [0.0]))
-        seconds += max(jobs.get("evaluate_clients", [0.0]))
+        seconds = sum(max(round_) for round_ in jobs.get("train_clients", []))
+        seconds += sum(max(round_) for round_ in jobs.get("evaluate_clients", [])[-1:])
         # Before and after; aggregate and assign between rounds, and aggregate before the last test.
         light = 2 + 2 * max(0, trained - 1) + (work.trains and work.tests_average)
         return seconds + light * LIGHT_JOB_S
 
 
 def job_minutes(
-    config: Config, size: ModelSize | None, scenario: ScenarioSettings, clients: int
+    config: Config,
+    size: ModelSize | None,
+    scenario: ScenarioSettings,
+    clients: int,
+    pooled: bool = False,
 ) -> int:
     """Run time that a job which trains or tests clients should ask for, in minutes.
 
-    Three times what is expected of the slowest run; 240 if the size of the model is unknown.
+    Three times what is expected of the slowest run, on the fastest devices; 240 if the size of the
+    model is unknown.
+
+    Parameters
+    ----------
+    config, size, scenario
+        The study, its model, and the population.
+    clients
+        Number of clients of the job, or of those whose data it trains on together.
+    pooled
+        Whether it does that.
     """
     if size is None:
         return UNKNOWN_MIN
     clock, data = Clock(config, size, assumed_machine(config)), assumed_data(scenario)
-    seconds = max(
-        clock.job(data, work, rule, clients)
-        for work in works_of(config)
-        for rule in work.model_rounds(config.rounds)
-    )
-    return max(SHORTEST_MIN, math.ceil(SAFETY * seconds / 60))
+    seconds = []
+    for work in works_of(config):
+        steps = config.training.most_steps(examples_of(data, work))
+        if work.trains and work.pooled == pooled:
+            each = [clients * steps] if pooled else [steps] * clients
+            seconds.append(clock.job(data, work, "train_clients", each))
+        if work.tests_average and not pooled:
+            seconds.append(clock.job(data, work, "evaluate_clients", [0] * clients))
+    return max(SHORTEST_MIN, math.ceil(SAFETY * max(seconds, default=0.0) / 60))

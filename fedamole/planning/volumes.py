@@ -1,62 +1,82 @@
-"""What a run sends and stores: bytes of uploads, downloads and pools (torch-free).
+"""What a run sends, keeps and stores: bytes of uploads, pools and the rest (torch-free).
 
-Adapters are float32. A client holds domain experts of its own choice of modules, so the numbers are
-means over clients; the sizes of real files are in ``tests/workflow/test_plan.py``.
+What is trained is float32. A client holds domain experts of its own choice of modules, so the
+numbers are means over clients. Which tensors the files hold is in
+:mod:`fedamole.planning.contents`; the sizes of real files are in ``tests/unit/test_volumes.py``.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 from fedamole.config import Config
+from fedamole.planning.contents import Contents, contents_of, virtual_tokens
 from fedamole.planning.model_size import LinearLayer, ModelSize
-from fedamole.planning.workload import RunWork
-from fedamole.settings import ScenarioSettings
+from fedamole.planning.workload import RunWork, clients_by_round, population_of
+from fedamole.registry import RUNS
+from fedamole.settings import PromptSettings, ScenarioSettings
 
 FLOAT, INTEGER = 4, 8
-# What HDF5 needs: for a file with its header, and for every dataset.
-FILE_BYTES, DATASET_BYTES = 4500, 330
-UPLOADED, POOLED = 9, 5
+# What HDF5 needs: for a file with its header, for a group of modules, and for every dataset; and
+# for the name of a module in the facts.
+FILE_BYTES, GROUP_BYTES, DATASET_BYTES, NAME_BYTES = 4600, 300, 280, 4
+PROVENANCE = 7
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """Numbers of the trainable part of a run, over all adapted modules.
+    """The trainable part of a run.
 
     Attributes
     ----------
     modules
-        Adapted linear layers M.
+        Names of the modules M.
     groups
         Kinds of them by role and shape: each is an array of its own in the files.
     rank
         LoRA rank r.
-    expert
-        Numbers of one LoRA expert: r (d_in + d_out) summed over the modules.
-    token_proj
-        Numbers of P: r d_in summed over the modules; 0 without domain experts.
+    numbers
+        Tensor name -> its numbers over all modules; of one domain expert where these have it.
+    contents
+        Which of the tensors are where.
     experts, choices
         Domain experts E per module and clients c that each chooses; 0 without domain experts.
     """
 
-    modules: int
+    modules: tuple[str, ...]
     groups: int
     rank: int
-    expert: int
-    token_proj: int
+    numbers: dict[str, int] = field(compare=False)
+    contents: Contents
     experts: int
     choices: int
 
+    def count(self, names: Iterable[str]) -> int:
+        """Numbers of these tensors together."""
+        return sum(self.numbers[name] for name in names)
+
     def held(self, clients: int) -> float:
-        """Domain experts of a client per module, on average: E c / K."""
-        return self.experts * self.choices / clients
+        """Domain experts of a client per module, where so many clients take part: E c / K."""
+        return 1.0 if self.contents.one_each else self.experts * self.choices / clients
 
     def of_client(self, clients: int) -> float:
-        """Numbers that a client holds: its domain experts, the shared one, and P."""
-        return (self.held(clients) + 1) * self.expert + self.token_proj
+        """Numbers that a client is sent."""
+        held = self.held(clients) * self.count(self.contents.expert)
+        return held + self.count(self.contents.shared)
 
     @property
     def of_pool(self) -> int:
         """Numbers of a pool."""
-        return (self.experts + 1) * self.expert + self.token_proj
+        return self.experts * self.count(self.contents.expert) + self.count(self.contents.shared)
+
+    def most_of_client(self, max_experts: int) -> int:
+        """Numbers in the model of a client with as many domain experts as it may hold."""
+        held = 1 if self.contents.one_each else min(self.experts, max_experts)
+        numbers = held * self.count(self.contents.expert)
+        if self.contents.models > 1:
+            return numbers + self.count(self.contents.shared) + self.count(self.contents.kept)
+        # What a client kept stands in the place of what it was sent.
+        return numbers + self.count({*self.contents.shared, *self.contents.kept})
 
 
 @dataclass(frozen=True)
@@ -65,35 +85,78 @@ class Volumes:
 
     Attributes
     ----------
-    download, upload
-        What a client reads of the pool, and the file that it sends, in one round.
+    download, upload, kept
+        What a client reads of the pool, the file that it sends, and the file that it keeps for
+        itself, in one round.
     pool
         A pool that was trained.
-    rounds
-        Bytes of all rounds beside uploads and trained pools: the first pool and the assignments.
+    server
+        What the server adds to pools from round 2 on.
+    first
+        The first pool.
+    assignment
+        Who holds what in one round.
     """
 
     download: float
     upload: float
+    kept: float
     pool: float
-    rounds: float
+    server: float
+    first: float
+    assignment: float
 
 
-def adapters_of(config: Config, size: ModelSize, work: RunWork) -> Adapters:
+def adapters_of(
+    config: Config, size: ModelSize, scenario: ScenarioSettings, work: RunWork
+) -> Adapters:
     """Count the trainable numbers of a run."""
-    rank, layers = config.adapter.rank, size.adapted(config.adapter.target_modules)
+    contents, rank = contents_of(work.run), config.adapter.rank
+    experts = choices = 0
+    if contents.expert:
+        experts, choices = config.assignment.num_experts, config.assignment.choices
+    if contents.one_each:
+        experts, choices = scenario.clients, 1
     if not work.trains:
-        return Adapters(0, 0, rank, 0, 0, 0, 0)
-    assignment, has = config.assignment, work.has_experts
+        return Adapters((), 0, rank, {}, contents, 0, 0)
+    if not RUNS[work.run].adapts:
+        prompt = _prompt(config.prompt, size.embedding_width, work.run)
+        return Adapters(("prompt",), 1, rank, prompt, contents, experts, choices)
+    layers = size.adapted(config.adapter.target_modules)
     return Adapters(
-        modules=len(layers),
+        modules=tuple(layer.name for layer in layers),
         groups=len({_kind(layer) for layer in layers}),
         rank=rank,
-        expert=rank * sum(layer.in_features + layer.out_features for layer in layers),
-        token_proj=rank * sum(layer.in_features for layer in layers) if has else 0,
-        experts=assignment.num_experts if has else 0,
-        choices=assignment.choices if has else 0,
+        numbers=_lora(layers, rank),
+        contents=contents,
+        experts=experts,
+        choices=choices,
     )
+
+
+def _lora(layers: Sequence[LinearLayer], rank: int) -> dict[str, int]:
+    """Numbers of what an adapted layer may have, over all layers."""
+    inputs = sum(layer.in_features for layer in layers)
+    outputs = sum(layer.out_features for layer in layers)
+    return {
+        "lora_A": rank * inputs,
+        "lora_B": rank * outputs,
+        "token_proj": rank * inputs,
+        "gate": inputs,
+        # A gate over two.
+        "mixer": 2 * inputs,
+    }
+
+
+def _prompt(settings: PromptSettings, width: int, run: str) -> dict[str, int]:
+    """Numbers of a soft prompt, and of the MLP that may make it."""
+    hidden = settings.encoder_width
+    numbers = {"embedding.weight": virtual_tokens(run, settings) * width}
+    for layer, (inputs, outputs) in zip(
+        (0, 2, 4), pairwise((width, hidden, hidden, width)), strict=True
+    ):
+        numbers |= {f"mlp_head.{layer}.weight": inputs * outputs, f"mlp_head.{layer}.bias": outputs}
+    return numbers
 
 
 def _kind(layer: LinearLayer) -> tuple[str, int, int]:
@@ -105,56 +168,76 @@ def volumes_of(
     config: Config, size: ModelSize, scenario: ScenarioSettings, work: RunWork
 ) -> Volumes:
     """Count the bytes of a run on a scenario."""
-    adapters, clients = adapters_of(config, size, work), scenario.clients
-    cells = adapters.modules * adapters.experts * clients
-    assignment = _file(3) + (FLOAT + 1) * cells + INTEGER * adapters.modules
-    first = _file(POOLED * adapters.groups) + FLOAT * adapters.of_pool
-    # Who trained what: tokens, holders, scores and embeddings.
+    adapters, clients = adapters_of(config, size, scenario, work), scenario.clients
+    drawn = population_of(config, scenario.seeded_slug(config.seeds[0]), work).size
+    contents = adapters.contents
+    tensors = len(contents.expert) + len(contents.shared)
+    first = _file(adapters, tensors) + FLOAT * adapters.of_pool
+    cells = len(adapters.modules) * adapters.experts * clients
+    # Who trained what: tokens, holders, scores and embeddings; then the objective and the examples.
     made = (INTEGER + FLOAT + 1) * cells
-    made += FLOAT * adapters.rank * adapters.modules * (adapters.experts + clients)
+    if work.has_experts:
+        made += FLOAT * adapters.rank * len(adapters.modules) * (adapters.experts + clients)
+    made += INTEGER * (len(adapters.modules) + clients) + DATASET_BYTES * PROVENANCE
+    server = DATASET_BYTES * len(contents.server) * adapters.groups
+    kept = _file(adapters, len(contents.kept)) + FLOAT * adapters.count(contents.kept)
+    assignment = (FLOAT + 1) * cells + INTEGER * len(adapters.modules)
     return Volumes(
-        download=FLOAT * adapters.of_client(clients) if work.trains else 0.0,
-        upload=_upload(adapters, clients) if work.trains else 0.0,
+        download=FLOAT * adapters.of_client(drawn) if work.trains else 0.0,
+        upload=_upload(adapters, drawn, work) if work.trains else 0.0,
+        kept=float(kept) if contents.kept else 0.0,
         pool=first + made,
-        rounds=first + assignment * (config.rounds if work.trains else 1),
+        server=server + FLOAT * adapters.count(contents.server),
+        first=first,
+        assignment=_file(adapters, 0) + 3 * DATASET_BYTES + assignment,
     )
 
 
-def _upload(adapters: Adapters, clients: int) -> float:
+def _upload(adapters: Adapters, drawn: int, work: RunWork) -> float:
     """Bytes of an upload: tensors, embeddings, and of each expert row who it is and its tokens."""
-    rows = adapters.modules * adapters.held(clients)
-    numbers = adapters.of_client(clients)
-    if adapters.experts:
-        numbers += adapters.rank * (adapters.modules + rows)
-    datasets = UPLOADED if adapters.experts else UPLOADED - 5
-    return _file(datasets * adapters.groups + 1) + FLOAT * numbers + 3 * INTEGER * rows
+    contents, rows = adapters.contents, len(adapters.modules) * adapters.held(drawn)
+    numbers = adapters.held(drawn) * adapters.count(contents.expert)
+    numbers += adapters.count(contents.upload)
+    if work.has_experts:
+        numbers += adapters.rank * (len(adapters.modules) + rows)
+    # Of every group, which expert of which module a row is; with experts, embeddings and tokens.
+    tensors = len(contents.expert) + len(contents.upload) + (4 if contents.expert else 2)
+    return _file(adapters, tensors) + DATASET_BYTES + FLOAT * numbers + 3 * INTEGER * rows
 
 
-def _file(datasets: int) -> int:
-    """Bytes of an HDF5 file beside its numbers."""
-    return FILE_BYTES + DATASET_BYTES * datasets
+def _file(adapters: Adapters, tensors: int) -> int:
+    """Bytes of an HDF5 file beside its numbers, with so many datasets for each group."""
+    names = sum(len(name) + NAME_BYTES for name in adapters.modules)
+    each = GROUP_BYTES + DATASET_BYTES * tensors if tensors else 0
+    return FILE_BYTES + names + adapters.groups * each
 
 
 def disk_of(
-    config: Config,
-    volumes: Volumes,
-    scenario: ScenarioSettings,
-    work: RunWork,
-    keep: int | None,
+    config: Config, volumes: Volumes, slug: str, work: RunWork, keep: int | None = None
 ) -> float:
     """Bytes that the rounds of a run take on disk.
 
     Parameters
     ----------
-    config, volumes, scenario, work
-        The run.
+    config, volumes, slug, work
+        The run on a scenario slug.
     keep
-        Newest rounds whose uploads are kept, with the pool they started from
-        (``fedamole prune``); None keeps all.
+        Newest rounds that are kept whole, with the pool they started from and what their clients
+        had kept before (``fedamole prune``); None keeps all.
     """
     rounds = config.rounds if work.trains else 0
-    kept = rounds if keep is None else min(keep, rounds)
-    # Round t starts from the pool of round t - 1; that of round 0 is counted in volumes.rounds.
-    oldest = max(1, rounds - kept)
-    pools = max(0, work.aggregations(config.rounds) - oldest + 1)
-    return volumes.rounds + kept * scenario.clients * volumes.upload + pools * volumes.pool
+    whole = rounds if keep is None else min(keep, rounds)
+    reporting = clients_by_round(config, slug, work, "train_clients")
+    uploads = sum(len(clients) for clients in reporting[rounds - whole :])
+    before = {client for clients in reporting[: rounds - whole] for client in clients}
+    # Round t starts from the pool of round t - 1; that of round 0 is the first one.
+    oldest, newest = max(1, rounds - whole), work.aggregations(config.rounds)
+    pools, with_server = (max(0, newest - start + 1) for start in (oldest, max(2, oldest)))
+    return (
+        volumes.first
+        + max(1, rounds) * volumes.assignment
+        + uploads * volumes.upload
+        + (uploads + len(before)) * volumes.kept
+        + pools * volumes.pool
+        + with_server * volumes.server
+    )

@@ -6,17 +6,19 @@ The Snakefile decides which jobs there are; a test compares. Times and memory fo
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from fedamole.config import Config
+from fedamole.participation import Participation
+from fedamole.planning.contents import contents_of
 from fedamole.planning.model_size import ModelSize
-from fedamole.registry import lookup
+from fedamole.registry import RUNS, lookup
 from fedamole.settings import ScenarioSettings
+from fedamole.stages import run_stage
 
 # Training examples of a client where nothing is known; only local_epochs depends on it.
 ASSUMED_TRAIN = 2000
-# Caps of a test set by task, as fedamole.datasets.splits has them.
-MAX_TEST = {"classification": 200, "generation": 50}
 # Mean length of a sequence over the longest allowed, and of an answer over a sequence.
 LENGTH_SHARE = 1 / 4
 ANSWER_SHARE = {"classification": 1 / 32, "generation": 1 / 4}
@@ -56,18 +58,27 @@ class RunWork:
     ----------
     run
         Name of the run.
-    trains
-        Whether it has training rounds.
-    has_experts
-        Whether its clients hold domain experts and a token projection.
     tests_average
         Whether the averaged model is tested on every client.
     """
 
     run: str
-    trains: bool
-    has_experts: bool
     tests_average: bool
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has training rounds."""
+        return RUNS[self.run].trains
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether domain experts are handed out to its clients."""
+        return RUNS[self.run].assigns
+
+    @property
+    def pooled(self) -> bool:
+        """Whether client 0 trains on the data of all."""
+        return RUNS[self.run].pooled
 
     def aggregations(self, rounds: int) -> int:
         """Trained pools: the last round has one only if a row tests it."""
@@ -114,7 +125,7 @@ def assumed_data(scenario: ScenarioSettings) -> ClientData:
         train=ASSUMED_TRAIN,
         embedding=scenario.max_embedding,
         eval=scenario.max_eval,
-        test=scenario.max_test or MAX_TEST[task],
+        test=scenario.test_cap,
         tokens=tokens,
         answer_tokens=max(2.0, tokens * ANSWER_SHARE[task]),
         choices=len(scenario.dataset.answers),
@@ -126,22 +137,43 @@ def works_of(config: Config) -> list[RunWork]:
     works = []
     for run in config.runs():
         rows = [row for row in map(lookup, config.methods) if row.run == run]
-        works.append(
-            RunWork(
-                run=run,
-                trains=any(row.trains for row in rows),
-                has_experts=any(row.assigns for row in rows),
-                tests_average=any(row.evaluated == "aggregated" for row in rows),
-            )
-        )
+        works.append(RunWork(run, tests_average=any(row.evaluated == "aggregated" for row in rows)))
     return works
 
 
-def shards(config: Config, clients: int) -> list[int]:
-    """Cut the clients of a round into jobs: the number of clients of each."""
+def population_of(config: Config, slug: str, work: RunWork) -> Participation:
+    """Who takes part in which round of a run on a scenario slug."""
+    return run_stage(config, slug, work.run).population
+
+
+def clients_by_round(config: Config, slug: str, work: RunWork, rule: str) -> list[list[int]]:
+    """List the clients that work in each round of a rule; averages are tested on all of them."""
+    who, rounds = population_of(config, slug, work), work.model_rounds(config.rounds).get(rule, 0)
+    if rule == "evaluate_clients":
+        return [list(range(who.clients))] * rounds
+    return [who.reporting(round_) for round_ in range(1, rounds + 1)]
+
+
+def shards(config: Config, clients: Sequence[int]) -> list[Sequence[int]]:
+    """Cut the clients of a round into jobs."""
     size = config.execution.clients_per_job
-    step = clients if size == "all" else size
-    return [min(step, clients - start) for start in range(0, clients, step)]
+    step = max(1, len(clients)) if size == "all" else size
+    return [clients[start : start + step] for start in range(0, len(clients), step)]
+
+
+def largest_jobs(config: Config, scenario: ScenarioSettings) -> dict[bool, int]:
+    """Find the most clients that one job may have, where data are pooled (True) and elsewhere."""
+    found: dict[bool, int] = {}
+    slug = scenario.seeded_slug(config.seeds[0])
+    for work in works_of(config):
+        who = population_of(config, slug, work)
+        if work.trains:
+            # Those that drop out here may report under another seed.
+            number = who.clients if who.pooled else len(shards(config, range(who.size))[0])
+            found[who.pooled] = max(found.get(who.pooled, 0), number)
+        if work.tests_average:
+            found[False] = max(found.get(False, 0), len(shards(config, range(who.clients))[0]))
+    return found
 
 
 def job_counts(config: Config) -> Counter[str]:
@@ -150,29 +182,36 @@ def job_counts(config: Config) -> Counter[str]:
     jobs = Counter({"prepare_backbone": 1, "partition": len(slugs), "tokenize": len(slugs)})
     jobs["init_server"] = len(slugs) * len(works)
     jobs.update(dict.fromkeys(("train_clients", "aggregate", "assign", "evaluate_clients"), 0))
-    for scenario, _ in slugs.values():
-        per_round = len(shards(config, scenario.clients))
+    for slug in slugs:
         for work in works:
-            for rule, rounds in work.model_rounds(config.rounds).items():
-                jobs[rule] += per_round * rounds
+            for rule in work.model_rounds(config.rounds):
+                rounds = clients_by_round(config, slug, work, rule)
+                jobs[rule] += sum(len(shards(config, clients)) for clients in rounds)
             jobs["aggregate"] += work.aggregations(config.rounds)
             jobs["assign"] += (config.rounds - 1) * work.trains
     jobs.update({"gather": len(slugs) * len(config.methods), "tables": 1, "figures": 1})
     return +jobs
 
 
-def steps_of(config: Config, data: ClientData) -> int:
-    """Optimizer steps of a client in one round."""
-    training = config.training
-    if training.local_epochs:
-        return math.ceil(training.local_epochs * data.train / training.batch_size)
-    return training.steps or 200
+def examples_of(data: ClientData, work: RunWork) -> float:
+    """Examples that a client trains on, of pooled data those of one of the clients."""
+    whole = contents_of(work.run).embedding_set == "train"
+    return data.train + (data.embedding if whole else 0)
 
 
-def training_passes(config: Config, data: ClientData) -> Passes:
+def steps_of(config: Config, slug: str, work: RunWork, data: ClientData) -> list[int]:
+    """Optimizer steps of each client in a round; of pooled data those of all, for client 0."""
+    stage, examples = run_stage(config, slug, work.run), examples_of(data, work)
+    clients = stage.scenario.clients
+    if work.pooled:
+        return [stage.steps_of(0, clients * examples)]
+    return [stage.steps_of(client, examples) for client in range(clients)]
+
+
+def training_passes(config: Config, data: ClientData, steps: float) -> Passes:
     """Local training of one client in one round."""
     training = config.training
-    sequences = steps_of(config, data) * training.batch_size / training.ranks
+    sequences = steps * training.batch_size / training.ranks
     return Passes(
         number=sequences / training.sequences_per_pass,
         tokens=sequences * data.tokens,
@@ -181,10 +220,25 @@ def training_passes(config: Config, data: ClientData) -> Passes:
     )
 
 
-def embedding_passes(config: Config, data: ClientData) -> Passes:
-    """The embedding set; every rank runs all of it."""
-    number = math.ceil(data.embedding / config.evaluation.batch_size)
-    return Passes(number, data.embedding * data.tokens, logits=number)
+def embedding_passes(config: Config, data: ClientData, work: RunWork) -> list[Passes]:
+    """The embedding set, where a method does not train on it."""
+    use, batch_size = contents_of(work.run).embedding_set, config.evaluation.batch_size
+    if work.has_experts:
+        # Every rank runs all of it, and asks for as few logits as it can.
+        number = math.ceil(data.embedding / batch_size)
+        return [Passes(number, data.embedding * data.tokens, logits=number)]
+    if use == "train":
+        return []
+    sequences, times = data.embedding, 1
+    if use == "search":
+        sequences = min(sequences, config.fdlora.fusion_batches * batch_size)
+        times = config.fdlora.fusion_budget
+    return [_batches(config, sequences, data.tokens, data.answer_tokens)] * times
+
+
+def side_by_side(passes: Passes, models: int) -> Passes:
+    """Passes in which several models see every sequence: its batches are so many times as large."""
+    return replace(passes, tokens=models * passes.tokens, logits=models * passes.logits)
 
 
 def testing_passes(config: Config, data: ClientData) -> list[Passes]:

@@ -12,16 +12,21 @@ from fedamole.settings.backbone import (
     GeneratedBackbone,
 )
 from fedamole.settings.data import (
+    DEFAULT_MAX_TEST,
     DatasetSettings,
     PartitionSettings,
     ScenarioSettings,
     SourceSettings,
 )
 from fedamole.settings.federation import AdapterSettings, AggregationSettings, AssignmentSettings
+from fedamole.settings.methods import FdloraSettings, FedapenSettings, PromptSettings
 from fedamole.settings.output import ExecutionSettings, TablesSettings
+from fedamole.settings.participation import ParticipationSettings
+from fedamole.settings.privacy import DpSgdSettings, EmbeddingPrivacy, PrivacySettings
 from fedamole.settings.section import Section
 from fedamole.settings.training import (
     DEEPSPEED_KEYS,
+    DEFAULT_STEPS,
     ZERO_KEYS,
     EvaluationSettings,
     TrainingSettings,
@@ -29,6 +34,8 @@ from fedamole.settings.training import (
 
 __all__ = [
     "DEEPSPEED_KEYS",
+    "DEFAULT_MAX_TEST",
+    "DEFAULT_STEPS",
     "ZERO_KEYS",
     "AdapterSettings",
     "AggregationSettings",
@@ -38,10 +45,17 @@ __all__ = [
     "BackboneSize",
     "BackboneSource",
     "DatasetSettings",
+    "DpSgdSettings",
+    "EmbeddingPrivacy",
     "EvaluationSettings",
     "ExecutionSettings",
+    "FdloraSettings",
+    "FedapenSettings",
     "GeneratedBackbone",
+    "ParticipationSettings",
     "PartitionSettings",
+    "PrivacySettings",
+    "PromptSettings",
     "ScenarioSettings",
     "Section",
     "SourceSettings",

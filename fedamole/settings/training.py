@@ -1,11 +1,14 @@
 """Local training, and testing."""
 
+import math
 from typing import Any
 
 from pydantic import Field, model_validator
 
 from fedamole.settings.section import Section
 
+# The paper's number of optimizer steps per round.
+DEFAULT_STEPS = 200
 # Of DeepSpeed's keys those that make sense here; it ignores misspelt ones without a word.
 DEEPSPEED_KEYS = (
     "activation_checkpointing",
@@ -47,6 +50,9 @@ class TrainingSettings(Section):
 
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps per round; default 200 unless local_epochs is given."""
+    min_steps: int | None = Field(default=None, ge=1)
+    """Fewest steps of a client, for devices of unequal speed: each client's own number is drawn
+    between min_steps and steps, once for all rounds; default: all take steps."""
     local_epochs: int | None = Field(default=None, ge=1)
     """Passes over the client's training set per round, instead of steps."""
     batch_size: int = Field(default=1, ge=1)
@@ -72,6 +78,11 @@ class TrainingSettings(Section):
     def _batch_divides(self) -> "TrainingSettings":
         if self.steps and self.local_epochs:
             raise ValueError("steps and local_epochs exclude each other")
+        most = self.steps or DEFAULT_STEPS
+        if self.min_steps and (self.local_epochs or self.min_steps > most):
+            raise ValueError(
+                f"min_steps {self.min_steps} must not exceed steps {most}, and goes with steps only"
+            )
         if self.batch_size % self.ranks:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of ranks {self.ranks}"
@@ -101,6 +112,12 @@ class TrainingSettings(Section):
                 f"allowed: {', '.join(ZERO_KEYS)}"
             )
         return self
+
+    def most_steps(self, num_examples: float) -> int:
+        """Optimizer steps of a round on so many examples; on the fastest device if they differ."""
+        if self.local_epochs:
+            return math.ceil(self.local_epochs * num_examples / self.batch_size)
+        return self.steps or DEFAULT_STEPS
 
     @property
     def sequences_per_pass(self) -> int:

@@ -109,6 +109,8 @@ class Study:
             "num_experts": self.experts,
             "holders": holders,
             "objective": [1.5] * len(projections),
+            "optimum": [2.0] * len(projections),
+            "chance": [1.0] * len(projections),
         }
 
 

@@ -16,6 +16,7 @@ from fedamole.aggregation import aggregate
 from fedamole.artifacts import Header, sha256
 from fedamole.cli.server import run_aggregate, run_assign
 from fedamole.errors import FedamoleError
+from fedamole.participation import Participation
 from fedamole.pool_files import (
     read_assignment,
     read_header,
@@ -37,6 +38,7 @@ from fedamole.pools import (
     held_rows,
     to_float32,
 )
+from fedamole.settings import ParticipationSettings
 from fedamole.stages import RunStage, canonical_json, digest
 
 CLIENTS, RANK = 4, 2
@@ -63,6 +65,10 @@ def make_pool(experts=5, modules=2, dtype=np.float32, seed=0):
         for name, height in (("q_proj", 4), ("v_proj", 2))
     }
     return Pool(groups, experts, None)
+
+
+def everyone(clients, **settings):
+    return Participation(ParticipationSettings(**settings), clients, seed=7)
 
 
 def make_assignment(pool, density=0.6, seed=0, clients=CLIENTS):
@@ -147,7 +153,7 @@ def test_every_expert_is_the_mean_of_its_holders(weighting, seed, density):
     previous = make_pool()
     assignment = make_assignment(previous, density, seed)
     uploads = make_uploads(previous, assignment)
-    pool = aggregate(previous, assignment, uploads, weighting, CLIENTS)
+    pool = aggregate(previous, assignment, uploads, weighting, everyone(CLIENTS))
     starts = group_slices(previous.groups)
     for name, group in pool.groups.items():
         for m, e in np.ndindex(len(group.modules), previous.num_experts):
@@ -174,7 +180,7 @@ def test_shared_tensors_are_the_mean_of_all_clients(weighting, experts):
     previous = make_pool(experts)
     assignment = make_assignment(previous)
     uploads = make_uploads(previous, assignment)
-    pool = aggregate(previous, assignment, iter(uploads), weighting, CLIENTS)
+    pool = aggregate(previous, assignment, iter(uploads), weighting, everyone(CLIENTS))
     weights = [1.0 if weighting == "uniform" else u.num_examples for u in uploads]
     for name, group in pool.groups.items():
         sent = [upload.state.groups[name].shared["token_proj"] for upload in uploads]
@@ -186,7 +192,7 @@ def test_provenance_says_who_trained_what():
     previous = make_pool()
     assignment = make_assignment(previous)
     uploads = make_uploads(previous, assignment)
-    made = aggregate(previous, assignment, uploads, "uniform", CLIENTS).provenance
+    made = aggregate(previous, assignment, uploads, "uniform", everyone(CLIENTS)).provenance
     assert made.round == 1
     np.testing.assert_array_equal(made.num_examples_K, [u.num_examples for u in uploads])
     np.testing.assert_array_equal(made.holders_MEK, assignment.holders_MEK)
@@ -206,9 +212,9 @@ def test_an_expert_that_nobody_holds_keeps_its_embedding_of_the_round_before():
     start = make_pool()
     everything = make_assignment(start, density=2.0)
     uploads = make_uploads(start, everything)
-    first = aggregate(start, everything, uploads, "uniform", CLIENTS)
+    first = aggregate(start, everything, uploads, "uniform", everyone(CLIENTS))
     nothing = replace(make_assignment(start, density=-1.0), round=2)
-    second = aggregate(first, nothing, make_uploads(start, nothing), "uniform", CLIENTS)
+    second = aggregate(first, nothing, make_uploads(start, nothing), "uniform", everyone(CLIENTS))
     np.testing.assert_array_equal(
         second.provenance.expert_embeddings_MER, first.provenance.expert_embeddings_MER
     )
@@ -224,7 +230,7 @@ def test_a_single_holder_passes_its_expert_on_unchanged():
     assignment = replace(make_assignment(previous), holders_MEK=alone)
     uploads = make_uploads(previous, assignment)
     for weighting in ("uniform", "tokens"):
-        pool = aggregate(previous, assignment, uploads, weighting, CLIENTS)
+        pool = aggregate(previous, assignment, uploads, weighting, everyone(CLIENTS))
         for name, group in pool.groups.items():
             sent = uploads[2].state.groups[name].experts["lora_A"]
             mine = group.experts["lora_A"].reshape(sent.shape)
@@ -236,7 +242,7 @@ def test_bfloat16_is_summed_in_float32():
     previous = make_pool(experts=1, dtype=BFLOAT16)
     assignment = make_assignment(previous, density=2.0, clients=1000)
     uploads = (make_upload(previous, assignment, k, values=1 + 2.0**-7) for k in range(1000))
-    pool = aggregate(previous, assignment, uploads, "uniform", 1000)
+    pool = aggregate(previous, assignment, uploads, "uniform", everyone(1000))
     for group in pool.groups.values():
         for value in (*group.experts.values(), *group.shared.values()):
             assert value.dtype == BFLOAT16
@@ -248,7 +254,9 @@ def test_the_same_order_gives_the_same_bits_and_another_order_the_same_mean():
     assignment = make_assignment(previous)
     uploads = make_uploads(previous, assignment)
     orders = (uploads, uploads, uploads[::-1])
-    pools = [aggregate(previous, assignment, order, "examples", CLIENTS) for order in orders]
+    pools = [
+        aggregate(previous, assignment, order, "examples", everyone(CLIENTS)) for order in orders
+    ]
     tensors = [pool.groups["q_proj"].experts["lora_A"] for pool in pools]
     assert tensors[0].tobytes() == tensors[1].tobytes()
     np.testing.assert_allclose(tensors[2], tensors[0], atol=1e-6)
@@ -259,7 +267,7 @@ def test_inputs_stay_as_they_are():
     assignment = make_assignment(previous, density=0.3)
     uploads = make_uploads(previous, assignment)
     before = [_digest(previous.groups), *(_digest(u.state.groups) for u in uploads)]
-    aggregate(previous, assignment, uploads, "tokens", CLIENTS)
+    aggregate(previous, assignment, uploads, "tokens", everyone(CLIENTS))
     assert before == [_digest(previous.groups), *(_digest(u.state.groups) for u in uploads)]
 
 
@@ -283,14 +291,14 @@ def test_one_upload_is_in_memory_at_a_time():
             yield upload
             del upload
 
-    aggregate(previous, assignment, uploads(), "uniform", CLIENTS)
+    aggregate(previous, assignment, uploads(), "uniform", everyone(CLIENTS))
 
 
 def test_a_pool_without_any_module_can_be_aggregated():
     previous = Pool({}, 0, None)
     assignment = make_assignment(previous)
     uploads = make_uploads(previous, assignment)
-    pool = aggregate(previous, assignment, uploads, "uniform", CLIENTS)
+    pool = aggregate(previous, assignment, uploads, "uniform", everyone(CLIENTS))
     assert pool.round == 1 and pool.modules == ()
 
 
@@ -327,18 +335,64 @@ def test_uploads_that_do_not_belong_are_refused(spoil, message):
     previous = make_pool()
     assignment = make_assignment(previous)
     with pytest.raises(FedamoleError, match=message):
-        aggregate(
-            previous, assignment, spoil(make_uploads(previous, assignment)), "uniform", CLIENTS
-        )
+        uploads = spoil(make_uploads(previous, assignment))
+        aggregate(previous, assignment, uploads, "uniform", everyone(CLIENTS))
+
+
+def test_a_round_goes_on_without_clients_that_drop_out_if_the_quorum_is_met():
+    previous = make_pool()
+    assignment = make_assignment(previous, density=2.0)
+    uploads = make_uploads(previous, assignment)
+    reported = [uploads[0], uploads[2], uploads[3]]
+
+    pool = aggregate(previous, assignment, reported, "uniform", everyone(CLIENTS, quorum=0.7))
+
+    for name, group in pool.groups.items():
+        for key, value in group.shared.items():
+            parts = [upload.state.groups[name].shared[key] for upload in reported]
+            np.testing.assert_allclose(value, np.mean(parts, axis=0), rtol=1e-5, atol=1e-6)
+    made = pool.provenance
+    assert made.num_examples_K[1] == 0 and not made.tokens_MEK[:, :, 1].any()
+    with pytest.raises(FedamoleError, match=r"clients \[1\]; 3 of 4 reported, the quorum is 4"):
+        aggregate(previous, assignment, reported, "uniform", everyone(CLIENTS, quorum=0.8))
+
+
+def test_a_client_that_is_silent_in_a_round_keeps_its_embedding_and_its_size():
+    start = make_pool()
+    first = make_assignment(start, density=2.0)
+    before = aggregate(start, first, make_uploads(start, first), "uniform", everyone(CLIENTS))
+    second = replace(make_assignment(before, density=2.0, seed=3), round=2)
+    uploads = [
+        replace(upload, round=2, client_embeddings_MR=upload.client_embeddings_MR + 1)
+        for upload in make_uploads(before, second)[1:]
+    ]
+
+    after = aggregate(before, second, uploads, "uniform", everyone(CLIENTS, quorum=0.5))
+
+    ours, theirs = after.provenance, before.provenance
+    np.testing.assert_array_equal(
+        ours.client_embeddings_MKR[:, 0], theirs.client_embeddings_MKR[:, 0]
+    )
+    assert ours.num_examples_K[0] == theirs.num_examples_K[0] > 0
+    assert (ours.client_embeddings_MKR[:, 1] == theirs.client_embeddings_MKR[:, 1] + 1).all()
+
+
+def test_clients_that_were_not_drawn_are_refused():
+    previous = make_pool()
+    assignment = make_assignment(previous, density=2.0)
+    who = everyone(CLIENTS, fraction=0.5)
+    strangers = sorted(set(range(CLIENTS)) - set(who.reporting(1)))
+    with pytest.raises(FedamoleError, match=f"clients \\[{strangers[0]}, {strangers[1]}\\] do not"):
+        aggregate(previous, assignment, make_uploads(previous, assignment), "uniform", who)
 
 
 def test_an_assignment_of_another_round_or_population_is_refused():
     previous = make_pool()
     assignment = make_assignment(previous)
     with pytest.raises(FedamoleError, match="is for round 3; after a pool of round 0"):
-        aggregate(previous, replace(assignment, round=3), [], "uniform", CLIENTS)
+        aggregate(previous, replace(assignment, round=3), [], "uniform", everyone(CLIENTS))
     with pytest.raises(FedamoleError, match=r"\(4, 5, 4\); the pool and the config have"):
-        aggregate(previous, assignment, [], "uniform", CLIENTS + 1)
+        aggregate(previous, assignment, [], "uniform", everyone(CLIENTS + 1))
 
 
 def run_settings():
@@ -392,7 +446,7 @@ def test_the_commands_write_what_the_functions_compute(round_files, tmp_path):
     previous = make_pool()
     assignment = make_assignment(previous)
     uploads = make_uploads(previous, assignment)
-    expected = aggregate(previous, assignment, uploads, "tokens", CLIENTS)
+    expected = aggregate(previous, assignment, uploads, "tokens", everyone(CLIENTS))
     pool = read_pool(round_files.out_pool, digest(run_settings()))
     assert _digest(pool.groups) == _digest(expected.groups)
     parents = read_header(round_files.out_pool).parents

@@ -1,8 +1,10 @@
 """Sizes, work and memory against real models; what jobs ask for against what jobs took."""
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +13,40 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
+from fedamole import stages
 from fedamole.artifacts import Header, write_record
 from fedamole.batches import collate
+from fedamole.cli.study import read_benchmarks
 from fedamole.config import Config, load_config, read_yaml
-from fedamole.datasets.splits import DEFAULT_MAX_TEST
 from fedamole.hmole_peft import HMoLEConfig
 from fedamole.planning.memory import ZeRO, activation_bytes, gpu_memory, job_memory_mb
 from fedamole.planning.model_size import ModelSize, model_size, of_dimensions
 from fedamole.planning.times import Clock, assumed_machine, job_minutes
-from fedamole.planning.workload import MAX_TEST, Passes, assumed_data, shards, steps_of, works_of
-from fedamole.settings import BackboneSettings, BackboneSize
+from fedamole.planning.workload import (
+    Passes,
+    RunWork,
+    assumed_data,
+    embedding_passes,
+    examples_of,
+    largest_jobs,
+    shards,
+    steps_of,
+    works_of,
+)
+from fedamole.settings import BackboneSettings, BackboneSize, ParticipationSettings
 from fedamole.targets import target_modules
-from fedamole.training import ScoredModel, steps_per_round
+from fedamole.training import ScoredModel
 
 NOWHERE = Path("nowhere")
 SMALL = BackboneSize(
@@ -35,6 +57,10 @@ SMALL = BackboneSize(
     num_key_value_heads=2,
     vocab_size=500,
 )
+# The same model in the words of other families.
+PLAIN = {"hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 8, "vocab_size": 500}
+GATED = {**PLAIN, "intermediate_size": 640, "num_key_value_heads": 2}
+ALIBI = {"alibi": True, "bias": True, "multi_query": False, "parallel_attn": False}
 
 
 def study(configs: Path, name: str = "demo", **changes: Any) -> Config:
@@ -45,7 +71,8 @@ def study(configs: Path, name: str = "demo", **changes: Any) -> Config:
 
 def llama(size: BackboneSize) -> LlamaForCausalLM:
     """The model with these sizes; without memory under ``torch.device("meta")``."""
-    return LlamaForCausalLM(LlamaConfig(**size.model_dump(exclude_none=True))).requires_grad_(False)
+    sizes = size.model_dump(exclude_none=True, exclude={"family"})
+    return LlamaForCausalLM(LlamaConfig(**sizes)).requires_grad_(False)
 
 
 def layers_of(model: LlamaForCausalLM) -> list[tuple[str, int, int]]:
@@ -58,24 +85,6 @@ def layers_of(model: LlamaForCausalLM) -> list[tuple[str, int, int]]:
 
 
 # The model
-
-
-@pytest.mark.parametrize("name", ["smollm2-135m", "llama-3.2-1b"])
-def test_the_size_in_the_config_gives_the_parameters_of_the_real_model(
-    name: str, configs: Path
-) -> None:
-    backbone = BackboneSettings(**read_yaml(configs / "models" / f"{name}.yaml"))
-    assert backbone.size
-    with torch.device("meta"):
-        model = llama(backbone.size)
-    size = model_size(backbone, NOWHERE)
-    assert size
-    assert not size.exact
-    assert size.num_parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert [tuple(layer) for layer in size.layers] == layers_of(model)
-    assert size.num_decoder_layers == model.config.num_hidden_layers
-    assert size.hidden_size == model.config.hidden_size
-    assert size.num_head == model.lm_head.weight.numel()
 
 
 def test_an_output_layer_of_its_own_counts() -> None:
@@ -160,31 +169,97 @@ def test_operations_are_those_that_torch_counts(products: int) -> None:
     assert counter.get_total_flops() == pytest.approx(passes.flops(of_dimensions(SMALL, "")), 0.05)
 
 
-@pytest.mark.parametrize("training", [{"steps": 7}, {}, {"local_epochs": 3, "batch_size": 4}])
-def test_steps_are_those_of_the_training(training: dict[str, int], configs: Path) -> None:
-    config = study(configs, training=training)
+DEMO = "chatterbot-dir0.5-s42"
+
+
+@pytest.mark.parametrize(
+    ("training", "steps", "pooled"),
+    [
+        ({"steps": 7}, 7, 28),
+        ({}, 200, 800),
+        # 2000 examples are assumed, and 16 of the embedding set, which FedIT trains on too.
+        ({"local_epochs": 3, "batch_size": 5}, math.ceil(3 * 2016 / 5), math.ceil(12 * 2016 / 5)),
+    ],
+)
+def test_pooled_data_take_the_steps_of_all_clients(
+    training: dict[str, int], steps: int, pooled: int, configs: Path
+) -> None:
+    config = study(configs, training=training, methods=["fedit", "centralised"])
     data = assumed_data(config.scenarios[0])
-    assert steps_of(config, data) == steps_per_round(config.training, int(data.train))
+    apart, together = works_of(config)
+    assert steps_of(config, DEMO, apart, data) == [steps] * 4
+    assert steps_of(config, DEMO, together, data) == [pooled]
 
 
-def test_test_sets_are_as_large_as_the_split_makes_them() -> None:
-    assert MAX_TEST == DEFAULT_MAX_TEST
+def test_steps_of_unequal_devices_are_those_that_clients_take(configs: Path) -> None:
+    config = study(
+        configs, training={"steps": 60, "min_steps": 3}, methods=["fedit", "centralised"]
+    )
+    data = assumed_data(config.scenarios[0])
+    apart, together = works_of(config)
+    stage = stages.run_stage(config, DEMO, "fedit")
+    own = [stage.steps_of(client, num_examples=500) for client in range(4)]
+    assert len(set(own)) > 1
+    assert steps_of(config, DEMO, apart, data) == own
+    assert steps_of(config, DEMO, together, data) == [sum(own)]
+
+
+def test_the_embedding_set_is_trained_on_held_back_or_searched(configs: Path) -> None:
+    methods = ["fedamole", "fedit", "fedapen", "fdlora"]
+    config = study(configs, methods=methods, evaluation={"batch_size": 4, "max_new_tokens": 20})
+    data = assumed_data(config.scenarios[0])
+    works = {work.run: work for work in works_of(config)}
+    assert {run: examples_of(data, works[run]) for run in methods} == {
+        **dict.fromkeys(methods, 2000),
+        "fedit": 2016,
+    }
+    sequences = {
+        run: sum(part.tokens for part in embedding_passes(config, data, works[run])) / data.tokens
+        for run in methods
+    }
+    # FDLoRA tries five pairs of weights on five batches, of which the 16 examples give four.
+    assert sequences == {"fedamole": 16, "fedit": 0, "fedapen": 16, "fdlora": 5 * 16}
 
 
 @pytest.mark.parametrize(("size", "expected"), [("all", [7]), (1, [1] * 7), (3, [3, 3, 1])])
 def test_clients_are_cut_into_jobs(size: Any, expected: list[int], configs: Path) -> None:
     config = study(configs, execution={"clients_per_job": size})
-    assert shards(config, 7) == expected
+    cut = shards(config, range(10, 17))
+    assert [len(clients) for clients in cut] == expected
+    assert [client for clients in cut for client in clients] == list(range(10, 17))
+
+
+@pytest.mark.parametrize(
+    ("methods", "size", "expected"),
+    [
+        (["fedit-ft"], "all", {False: 2}),
+        (["fedit"], "all", {False: 4}),
+        (["fedit", "centralised"], 3, {False: 3, True: 4}),
+        (["fedit-ft"], 1, {False: 1}),
+        (["zero-shot"], "all", {False: 4}),
+    ],
+)
+def test_the_largest_job_is_one_that_there_is(
+    methods: list[str], size: Any, expected: dict[bool, int], configs: Path
+) -> None:
+    # Of four clients two take part, but averages are tested on all.
+    config = study(
+        configs,
+        methods=methods,
+        participation={"fraction": 0.4},
+        execution={"clients_per_job": size},
+        tables={"reference": methods[0]},
+    )
+    assert largest_jobs(config, config.scenarios[0]) == expected
 
 
 # Memory
 
 
-def saved_bytes(size: BackboneSize, dtype: torch.dtype, experts: int, tokens: int) -> int:
+def saved_bytes(backbone: PreTrainedModel, experts: int, tokens: int) -> int:
     """Bytes that autograd keeps for the backward pass of a frozen model with adapters."""
-    targets = ["q_proj", "v_proj"]
-    adapters = HMoLEConfig(r=8, num_experts=experts, top_k=2, target_modules=targets)
-    model = ScoredModel(get_peft_model(llama(size).to(dtype), adapters), 0.001).train()
+    adapters = HMoLEConfig(r=8, num_experts=experts, top_k=2)
+    model = ScoredModel(get_peft_model(backbone, adapters), 0.001).train()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -208,10 +283,38 @@ def test_activations_are_what_autograd_keeps(dtype: str, configs: Path) -> None:
     config = config.model_copy(
         update={"backbone": config.backbone.model_copy(update={"dtype": dtype})}
     )
-    real = [saved_bytes(SMALL, getattr(torch, dtype), experts, tokens) for tokens in (64, 192)]
+    real = [
+        saved_bytes(llama(SMALL).to(getattr(torch, dtype)), experts, tokens) for tokens in (64, 192)
+    ]
     # The difference leaves out what does not grow with the tokens.
     per_token = (real[1] - real[0]) / 128
     assert activation_bytes(config, of_dimensions(SMALL, "")) == pytest.approx(per_token, 0.03)
+
+
+@pytest.mark.parametrize(
+    ("real", "attention", "family"),
+    [
+        (LlamaConfig(**GATED), "eager", "llama"),
+        (Gemma2Config(**GATED, head_dim=32), "eager", "llama"),
+        (OPTConfig(**PLAIN, ffn_dim=640, do_layer_norm_before=False), "sdpa", "opt"),
+        (FalconConfig(**PLAIN, **ALIBI, ffn_hidden_size=640), "sdpa", "falcon"),
+    ],
+    ids=["llama-eager", "gemma2", "opt", "falcon"],
+)
+def test_activations_of_other_models_are_about_what_autograd_keeps(
+    real: PreTrainedConfig, attention: Any, family: Any, configs: Path
+) -> None:
+    experts, tokens = 5, 256
+    scenario = {**read_yaml(configs / "demo.yaml")["scenarios"][0], "max_length": tokens}
+    assignment = {"num_experts": 8, "choices": 2, "max_experts": experts}
+    config = study(configs, assignment=assignment, scenarios=[scenario])
+    changes = {"dtype": "bfloat16", "attention": attention}
+    config = config.model_copy(update={"backbone": config.backbone.model_copy(update=changes)})
+    model = AutoModelForCausalLM.from_config(real, attn_implementation=attention)
+    kept = saved_bytes(model.to(torch.bfloat16).requires_grad_(False), experts, tokens)
+    heads = {} if family == "llama" else {"num_key_value_heads": None}
+    size = of_dimensions(SMALL.model_copy(update={"family": family, **heads}), "")
+    assert tokens * activation_bytes(config, size) == pytest.approx(kept, rel=0.2)
 
 
 def size_of(config: Config) -> ModelSize:
@@ -295,13 +398,82 @@ def test_minutes_are_generous_and_grow_with_the_work(configs: Path) -> None:
     assert job_minutes(lanes, size, lanes.scenarios[0], 4) == pytest.approx(2 * one, rel=0.05)
 
 
+def test_minutes_of_pooled_data_are_those_of_one_client_with_all_steps(configs: Path) -> None:
+    training = {"steps": 2000, "batch_size": 4}
+    methods = ["fedit", "centralised"]
+    alone, at_once = (
+        study(configs, training=training, methods=methods, execution={"clients_at_once": lanes})
+        for lanes in (1, 4)
+    )
+    size, scenario = size_of(alone), alone.scenarios[0]
+    pooled = job_minutes(alone, size, scenario, 4, pooled=True)
+    assert pooled == pytest.approx(job_minutes(alone, size, scenario, 4), rel=0.1)
+    # Lanes work on different clients.
+    assert job_minutes(at_once, size, scenario, 4, pooled=True) == pooled
+    assert job_minutes(at_once, size, scenario, 4) < 0.3 * pooled
+
+
+def clock_of(config: Config) -> Clock:
+    """A clock of computed times, without the start of jobs."""
+    machine = replace(assumed_machine(config), start_s=0.0)
+    return Clock(config, size_of(config), machine)
+
+
+def run_time(config: Config, work: RunWork) -> tuple[float, float]:
+    """Seconds of all jobs of a run, and operations."""
+    times = clock_of(config).run(DEMO, assumed_data(config.scenarios[0]), work)
+    return times.seconds, times.flops
+
+
+def test_time_is_that_of_the_clients_that_take_part(configs: Path) -> None:
+    changes: dict[str, Any] = {"rounds": 40, "execution": {"clients_per_job": 1}}
+    sampling = {"fraction": 0.75, "dropout_rate": 0.2, "quorum": 0.3}
+    whole = study(configs, methods=["fedit-ft"], tables={"reference": "fedit-ft"}, **changes)
+    sampled = whole.model_copy(update={"participation": ParticipationSettings(**sampling)})
+    (work,) = works_of(whole)
+    who = stages.run_stage(sampled, DEMO, "fedit").population
+    share = sum(len(who.reporting(round_)) for round_ in range(1, 41)) / (40 * 4)
+    assert 0.3 < share < 0.75
+    for all_of_it, part in zip(run_time(whole, work), run_time(sampled, work), strict=True):
+        assert part == pytest.approx(share * all_of_it)
+
+
+def test_the_slowest_device_holds_up_a_round(configs: Path) -> None:
+    training, execution = {"steps": 400, "min_steps": 10}, {"clients_per_job": 1}
+    methods = ["fedit-ft"]
+    config = study(configs, training=training, execution=execution, methods=methods)
+    data, (work,) = assumed_data(config.scenarios[0]), works_of(config)
+    clock, steps = clock_of(config), steps_of(config, DEMO, work, data)
+    each = [clock.job(data, work, "train_clients", [number]) for number in steps]
+    times = clock.run(DEMO, data, work)
+    assert times.seconds == pytest.approx(config.rounds * sum(each))
+    assert config.rounds * max(each) < times.chain_s < config.rounds * max(each) + 100
+
+
+def test_two_models_side_by_side_cost_twice_the_operations(configs: Path) -> None:
+    config = study(configs, methods=["fml", "local"])
+    (_, mutual), (_, alone) = (run_time(config, work) for work in works_of(config))
+    assert mutual == pytest.approx(2 * alone)
+
+
+def test_memory_grows_with_what_stands_beside_or_before_a_sequence(configs: Path) -> None:
+    def training(method: str, **changes: Any) -> float:
+        config = paper(configs, methods=[method], tables={"reference": method}, **changes)
+        return gpu_memory(config, size_of(config), ZeRO(1), checkpointing=False).training
+
+    assert training("fml") == 2 * training("fedit")
+    longer = training("fedptuning", prompt={"virtual_tokens": 512})
+    # 1024 tokens and 512 more; the answers, and so the logits, stay.
+    assert 1.2 < longer / training("fedit") < 1.5
+
+
 def test_the_demo_is_computed_as_slow_as_it_was(configs: Path) -> None:
     demo = study(configs)
     size, data = size_of(demo), assumed_data(demo.scenarios[0])
     clock = Clock(demo, size, assumed_machine(demo))
     fedamole = works_of(demo)[0]
     # On busy cores 180 to 200 s, on idle ones half of that.
-    assert 90 < clock.job(data, fedamole, "train_clients", 4) < 400
+    assert 90 < clock.job(data, fedamole, "train_clients", [8] * 4) < 400
 
 
 def test_weights_on_the_host_cost_their_way_to_the_gpu(configs: Path) -> None:
@@ -312,7 +484,7 @@ def test_weights_on_the_host_cost_their_way_to_the_gpu(configs: Path) -> None:
     )
     times = [
         Clock(config, size_of(config), assumed_machine(config)).job(
-            assumed_data(config.scenarios[0]), works_of(config)[0], "train_clients", 1
+            assumed_data(config.scenarios[0]), works_of(config)[0], "train_clients", [200]
         )
         for config in (plain, offloaded)
     ]
@@ -330,6 +502,35 @@ def test_measured_times_count_before_computed_ones(configs: Path) -> None:
     # Aggregate and assign between rounds take a moment.
     assert 900 < times.chain_s < 1000
     assert times.chain_jobs == 3
+
+
+def test_a_measured_job_had_those_of_its_clients_that_took_part(
+    configs: Path, tmp_path: Path
+) -> None:
+    config = study(
+        configs,
+        results=str(tmp_path),
+        rounds=4,
+        methods=["fedit-ft", "centralised"],
+        participation={"fraction": 0.5},
+        scenarios=[{"dataset": "chatterbot", "partition": "dir0.5", "clients": 10}],
+    )
+    for run in ("fedit", "centralised"):
+        digest = stages.digest(client := stages.client_stage(config, DEMO, run))
+        for round_, seconds in ((1, 50.0), (3, 100.0)):
+            drawn = client.run.population.reporting(round_)
+            first, last = f"_{drawn[0]:03d}", f"_{drawn[-1]:03d}" if drawn[1:] else ""
+            folder = f"{DEMO}/{run}/round_{round_:03d}"
+            metrics = tmp_path / "runs" / folder / f"metrics{first}.json"
+            write_record(metrics, Header("metrics", digest), {})
+            benchmark = tmp_path / "benchmarks" / folder / f"train_clients{first}{last}.tsv"
+            benchmark.parent.mkdir(parents=True)
+            benchmark.write_text(f"s\th:m:s\n{seconds}\t0:00:30\n")
+    # Five of ten clients took 50 s and 100 s one after another; where data are pooled one did.
+    assert read_benchmarks(config) == {
+        (DEMO, "fedit", "train_clients"): 15.0,
+        (DEMO, "centralised", "train_clients"): 75.0,
+    }
 
 
 def test_the_snakefile_waits_for_no_library() -> None:

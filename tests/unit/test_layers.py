@@ -10,14 +10,30 @@ PACKAGE = Path(__file__).parents[2] / "fedamole"
 # Lowest first; a module may import from its own layer and those before. See ARCHITECTURE.md.
 LAYERS = [
     {"errors", "__init__"},
-    {"registry", "settings", "mistakes", "config", "stages", "randomness"}
-    | {"slurm", "slurm_site", "snakemake_profile", "launching"},
+    {"registry", "settings", "mistakes", "config", "stages", "randomness", "participation"}
+    | {"slurm", "slurm_site", "snakemake_profile", "launching", "backbone_limits"},
     {"artifacts", "pools", "hdf5", "pool_files", "records", "progress", "owner"},
     {"partition", "assignment", "aggregation", "targets", "results", "rendering", "tables"}
+    | {"privacy", "accounting", "privacy_tables"}
+    | {"transport", "assignment_strategies", "assignment_measures", "assignment_table"}
     | {"figure_data", "drawing", "figures", "config_reference"}
     | {"planning", "study_status", "head"},
-    {"datasets", "distributed", "batches", "hmole_function", "hmole", "hmole_peft", "backbone"}
-    | {"adapters", "training", "embeddings", "evaluation", "client", "doctor"},
+    {"datasets", "distributed", "batches", "routing", "hmole_function", "hmole", "hmole_peft"}
+    | {
+        "backbone",
+        "adapters",
+        "training",
+        "dp_sgd",
+        "embeddings",
+        "evaluation",
+        "client",
+        "forms",
+        "fusion",
+        "mutual",
+        "soft_prompts",
+        "token_embeddings",
+        "doctor",
+    },
     {"methods"},
     {"cli", "__main__"},
 ]

@@ -11,10 +11,13 @@ from fedamole.artifacts import Header, canonical
 from fedamole.cli import main
 from fedamole.cli.prune import old_files
 from fedamole.config import Config, load_config, read_yaml
+from fedamole.planning.volumes import Volumes, disk_of
 from fedamole.planning.workload import works_of
-from fedamole.registry import lookup
+from fedamole.registry import RUNS, lookup
 
 SLUG = "chatterbot-dir0.5-s42"
+SIZE = 2**18
+SAMPLED = {"fraction": 0.6, "dropout_rate": 0.3, "quorum": 0.5}
 
 
 def study(configs: Path, folder: Path, **changes: Any) -> Config:
@@ -28,17 +31,20 @@ def make_rounds(config: Config) -> dict[str, set[str]]:
     """Files of all rounds as the workflow makes them; run -> round/file."""
     made: dict[str, set[str]] = {}
     for work in works_of(config):
+        who = stages.run_stage(config, SLUG, work.run).population
         files = {"000/pool.h5", "000/assignment.h5"}
         for round_ in range(1, config.rounds + 1) if work.trains else ():
-            names = [f"client_{client:03d}.h5" for client in range(3)]
-            names += [f"metrics_{client:03d}.json" for client in range(3)]
+            clients = [f"{client:03d}" for client in who.reporting(round_)]
+            names = [f"client_{client}.h5" for client in clients]
+            names += [f"metrics_{client}.json" for client in clients]
+            names += [f"kept_{client}.h5" for client in clients if RUNS[work.run].keeps]
             names += ["pool.h5"] * (round_ <= work.aggregations(config.rounds))
             names += ["assignment.h5"] * (round_ < config.rounds)
             files |= {f"{round_:03d}/{name}" for name in names}
         for file in files:
             path = Path(config.results, "runs", SLUG, work.run, f"round_{file}")
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"0" * 2**18)
+            path.write_bytes(b"0" * SIZE)
         made[work.run] = files
     return made
 
@@ -123,6 +129,52 @@ def test_nothing_goes_if_all_rounds_are_kept(keep: int, configs: Path, tmp_path:
     make_rounds(config)
     for work in works_of(config):
         assert not list(old_files(config, SLUG, work, keep))
+
+
+def test_of_what_each_client_kept_before_the_rounds_that_stay_the_latest_stays(
+    configs: Path, tmp_path: Path
+) -> None:
+    methods = ["local", "fedsa-lora"]
+    changes: dict[str, Any] = {"methods": methods, "tables": {"reference": "local"}}
+    config = finished(configs, tmp_path, participation=SAMPLED, rounds=12, **changes)
+    made = make_rounds(config)
+    assert prune(config, "--keep", "2") == 0
+    left = there(config)
+    latest: dict[str, str] = {}
+    for file in sorted(file for file in made["local"] if "kept" in file and file < "011"):
+        latest[file.partition("/")[2]] = file
+    # Some client took part for the last time long before.
+    assert min(latest.values()) < "010"
+    for run in methods:
+        kept = {file for file in left[run] if "kept" in file}
+        assert kept == set(latest.values()) | {file for file in made[run] if "kept" in file} & {
+            f"{round_:03d}/kept_{client:03d}.h5" for round_ in (11, 12) for client in range(3)
+        }
+
+
+@pytest.mark.parametrize("keep", [1, 2, 6, 9])
+@pytest.mark.parametrize("participation", [{}, SAMPLED])
+def test_what_stays_is_what_the_plan_counts(
+    participation: dict[str, float], keep: int, configs: Path, tmp_path: Path
+) -> None:
+    methods = ["fedamole", "fedit", "local", "centralised", "zero-shot"]
+    config = study(
+        configs,
+        tmp_path,
+        methods=methods,
+        participation=participation,
+        assignment={"num_experts": 4, "choices": 2, "max_experts": 6},
+    )
+    make_rounds(config)
+    for work in works_of(config):
+        kept = SIZE if work.run == "local" else 0
+        each = Volumes(0, SIZE, kept, pool=SIZE, server=0, first=SIZE, assignment=SIZE)
+        folder = Path(config.results, "runs", SLUG, work.run)
+        assert disk_of(config, each, SLUG, work) == SIZE * len(list(folder.glob("*/*.h5")))
+        for path in old_files(config, SLUG, work, keep):
+            path.unlink()
+        left = SIZE * len(list(folder.glob("*/*.h5")))
+        assert disk_of(config, each, SLUG, work, keep) == left, work.run
 
 
 @pytest.mark.parametrize("keep", ["0", "-1", "all", "1.5", "\u0663"])

@@ -17,7 +17,9 @@ from fedamole.cli import main
 from fedamole.cli import status as status_command
 from fedamole.config import load_config
 from fedamole.errors import FedamoleError
+from fedamole.participation import Participation
 from fedamole.progress import ClientProgress, RoundProgress, State, Work
+from fedamole.settings import ParticipationSettings
 from fedamole.study_status import (
     Plan,
     RoundFacts,
@@ -84,8 +86,13 @@ def test_scenarios_stand_in_the_order_of_the_config_and_seeds_inside_them(config
 # Facts of one plan.
 
 
-def plan(rounds: int = 4, clients: int = 3, work: Work = "train") -> Plan:
-    return Plan(SLUG, "fedit", work, tuple(range(1, rounds + 1)), clients)
+def population(clients: int, **settings: float) -> Participation:
+    return Participation(ParticipationSettings(**settings), clients, seed=42)
+
+
+def plan(rounds: int = 4, clients: int = 3, work: Work = "train", **settings: float) -> Plan:
+    who = population(clients, **settings)
+    return Plan(SLUG, "fedit", work, tuple(range(1, rounds + 1)), who)
 
 
 def record(
@@ -136,7 +143,7 @@ def test_there_is_no_estimate_before_the_first_round_is_done() -> None:
     found = status(plan(), facts(100, 10, 10), now=120.0)
     assert found.seconds_per_round is None
     assert found.seconds_left is None
-    assert found.current == RoundStatus(1, ("done", "done", "waiting"))
+    assert found.current == RoundStatus(1, {0: "done", 1: "done", 2: "waiting"})
 
 
 def test_nothing_is_left_of_a_finished_run_without_records() -> None:
@@ -179,6 +186,22 @@ def test_rounds_behind_a_gap_are_of_an_earlier_study() -> None:
     assert status(plan(work="test"), everyone, gap, everyone, everyone).rounds_done == 3
 
 
+def test_a_round_is_done_when_those_who_take_part_in_it_are() -> None:
+    sampled = plan(rounds=30, clients=9, fraction=0.4, dropout_rate=0.3, quorum=0.5)
+    who = population(9, fraction=0.4, dropout_rate=0.3, quorum=0.5)
+    sets = [frozenset(who.reporting(round_)) for round_ in sampled.rounds]
+    assert {len(clients) for clients in sets} == {2, 3, 4}
+    done = status(sampled, *map(RoundFacts, sets[:20]))
+    assert done.rounds_done == 20
+    assert done.current == RoundStatus(21, dict.fromkeys(sorted(sets[20]), "waiting"))
+    one_less = sets[6] - {min(sets[6])}
+    assert status(sampled, *map(RoundFacts, [*sets[:6], one_less, *sets[7:]])).rounds_done == 6
+    # Averaged models are tested on all.
+    tests = plan(rounds=30, clients=9, work="test", fraction=0.4)
+    assert status(tests, *map(RoundFacts, sets)).rounds_done == 0
+    assert status(tests, RoundFacts(frozenset(range(9)))).rounds_done == 1
+
+
 def test_few_records_are_read_of_a_long_study() -> None:
     everyone = RoundFacts(frozenset(range(3)))
     rounds = {round_: everyone for round_ in range(1, 21)}
@@ -216,6 +239,24 @@ def test_a_finished_client_waits_for_the_others_of_its_job() -> None:
     assert state_of(RoundFacts(kept=frozenset({0}), records=records)) == "done"
     # Snakemake removed its results, to have them made anew.
     assert state_of(RoundFacts(records=records)) == "waiting"
+
+
+def test_files_of_a_client_that_dropped_out_are_no_results() -> None:
+    records = (record(0, 10, 5.0, "dropped"),)
+    one = plan(rounds=1, clients=2, quorum=0.5)
+
+    def found(**places: frozenset[int]) -> WorkStatus:
+        return work_status(one, {1: RoundFacts(records=records, **places)}, lambda _: "lives", 0.0)
+
+    for place in ("outputs", "kept"):
+        dropped = found(**{place: frozenset({0})})
+        assert dropped.current == RoundStatus(1, {0: "dropped", 1: "waiting"})
+        assert dropped.slowest is None
+        assert not dropped.failures
+        assert [each.client for each in dropped.dropouts] == [0]
+    # Snakemake removed them, to have them made anew.
+    assert found().current == RoundStatus(1, {0: "waiting", 1: "waiting"})
+    assert found(outputs=frozenset({0, 1})).rounds_done == 1
 
 
 def test_a_retry_counts_more_than_what_is_kept_of_the_attempt_before() -> None:
@@ -261,13 +302,29 @@ class Study:
         name = f"{METRICS[work]}_{client:03d}.json"
         return self.results / "runs" / SLUG / run / f"round_{round_:03d}" / name
 
-    def finish(self, run: str, work: Work, round_: int, *seconds: float) -> None:
-        """Do all clients of a round one after another, as one job does."""
+    def finish(
+        self,
+        run: str,
+        work: Work,
+        round_: int,
+        *seconds: float,
+        clients: Iterable[int] | None = None,
+        fail: Iterable[int] = (),
+    ) -> None:
+        """Do clients one after another, as one job does: by default 0, 1, 2 ...
+
+        Those that fail do so twice, and drop out.
+        """
         progress = self.progress(run, work, round_)
-        outputs = {
-            client: [self.output(run, work, round_, client)] for client in range(len(seconds))
-        }
-        for client, took in enumerate(seconds):
+        numbers = range(len(seconds)) if clients is None else clients
+        outputs = {client: [self.output(run, work, round_, client)] for client in numbers}
+        for client, took in zip(numbers, seconds, strict=True):
+            if client in fail:
+                for _ in range(2):
+                    progress.end(progress.start(client), f"client {client} has no examples")
+                progress.kept(outputs[client][0]).write_text("{}")
+                progress.drop(client)
+                continue
             began = progress.start(client)
             self.clock.now += took
             progress.kept(outputs[client][0]).write_text("{}")
@@ -414,6 +471,56 @@ def test_a_retry_makes_good_for_a_failure(study: Study, printed: Callable[[], st
     assert "no space left" in printed()
     study.finish("fedit", "train", 1, 3, 3, 3, 3)
     assert "failures" not in printed()
+
+
+def test_only_those_who_are_drawn_are_waited_for(study: Study, printed: Callable[[], str]) -> None:
+    study.changes = {"participation": {"fraction": 0.5}, "methods": ["fedit", "fedit-ft"]}
+    who = population(4, fraction=0.5)
+    first, second = who.reporting(1), who.reporting(2)
+    assert first != second
+    study.finish("fedit", "train", 1, 8, 8, clients=first)
+    # Of an earlier study, in which all took part.
+    study.finish("fedit", "train", 2, 8, clients=sorted({0, 1, 2, 3} - set(second))[:1])
+    text = printed()
+    assert f"\n{SLUG}, 4 clients, 2 a round\n" in text
+    assert row(text, "fedit", "train", UP_TO_LOST) == "1/3 2 0 0 2 0 0"
+    assert row(text, "fedit", "test", UP_TO_LOST) == "0/3 1 0 0 4 0 0"
+    study.finish("fedit", "train", 2, 8, 8, clients=second)
+    study.finish("fedit", "train", 3, 8, 8, clients=who.reporting(3))
+    assert row(printed(), "fedit", "train", UP_TO_LEFT).startswith("3/3 -")
+
+
+def test_a_client_that_dropped_out_is_no_failure(study: Study, printed: Callable[[], str]) -> None:
+    study.changes = {"participation": {"quorum": 0.5}, "methods": ["fedit", "fedit-ft"]}
+    study.finish("fedit", "train", 1, 3, 3, 3, 3, fail=[2])
+    progress = study.progress("fedit", "train", 2)
+    progress.end(progress.start(1), "broken")
+    text = printed()
+    assert row(text, "fedit", "train", slice(0, 8)) == "1/3 2 0 0 3 1 0 0"
+    failures, _, dropouts = text.partition("clients that dropped out of the last rounds")
+    assert "round 2, client 1: failed" in failures
+    assert "client 2" not in failures
+    assert f"{SLUG} fedit train, round 1, client 2: dropped\n    client 2 has no" in dropouts
+    assert "client 1" not in dropouts
+    study.finish("fedit", "train", 2, 3, 3, 3, fail=[1])
+    assert row(printed(), "fedit", "train", slice(0, 8)) == "1/3 2 2 0 1 0 0 1"
+
+
+def test_where_nobody_may_drop_out_there_is_no_column(
+    study: Study, printed: Callable[[], str]
+) -> None:
+    study.finish("fedit", "train", 1, 3)
+    assert " drop " not in printed()
+
+
+def test_pooled_data_have_one_client_and_all_test(study: Study, printed: Callable[[], str]) -> None:
+    study.changes = {"methods": ["centralised"], "participation": {"fraction": 0.5}}
+    study.finish("centralised", "train", 1, 30)
+    study.finish("centralised", "test", 1, 2, 2)
+    text = printed()
+    assert f"\n{SLUG}, 4 clients\n" in text
+    assert row(text, "centralised", "train", UP_TO_LOST) == "1/3 2 0 0 1 0 0"
+    assert row(text, "centralised", "test", UP_TO_LOST) == "0/3 1 2 0 2 0 0"
 
 
 def test_a_failed_test_behind_the_current_round_is_shown(

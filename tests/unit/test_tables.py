@@ -7,9 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from study import Study, write_lines
 
+from fedamole.assignment_measures import measure
+from fedamole.assignment_table import TITLES
 from fedamole.cli import main
 from fedamole.errors import FedamoleError
 from fedamole.rendering import Cell, Column, html_page, html_table, latex, markdown, number
@@ -171,7 +174,60 @@ def test_command_writes_the_files_it_names(tmp_path: Path) -> None:
     out = tmp_path / "tables"
     arguments = ["--settings", canonical_json(STUDY.settings()), "--out-dir", str(out)]
     assert main(["tables", *arguments, "--metrics", *paths]) == 0
-    assert {path.name for path in out.iterdir()} == set(table_names())
+    assert {path.name for path in out.iterdir()} == set(table_names(STUDY.settings()))
+
+
+# Assignments
+
+
+def test_assignments_table_has_the_methods_with_experts_and_their_spread(tmp_path: Path) -> None:
+    study = replace(STUDY, rounds=3, clients=3)
+    files = tables(study, tmp_path)
+    lines = files["assignments.md"].splitlines()
+    assert lines[0] == "**a**"
+    assert lines[2] == (
+        "| method | quality (%) | above chance (%) | stability (%) | follows the data (r) "
+        "| fewest experts | most experts | experts without holder |"
+    )
+    assert len(lines) == 5, "fedit and zero-shot hand out no experts"
+    # The made-up study has sums of 1.5, where 2.0 is optimal and 1.0 chance.
+    assert lines[4].startswith("| fedamole | 75.00 ± 0.00 | 50.00 ± 0.00 | ")
+    assert lines[4].endswith(" | 0.00 ± 0.00 |")
+    (row,) = rows(files["assignments.csv"])
+    metrics = read(study, tmp_path)
+    runs = [metrics.run(slug, "fedamole") for slug in ("a-s1", "a-s2")]
+    for what in TITLES:
+        values = [measure(run)[what] for run in runs]
+        assert float(row[f"{what}_mean"]) == pytest.approx(np.mean(values), rel=1e-12)
+        assert float(row[f"{what}_std"]) == pytest.approx(np.std(values, ddof=1), abs=1e-12)
+
+
+def test_one_round_says_nothing_of_assignments(tmp_path: Path) -> None:
+    files = tables(replace(STUDY, rounds=1), tmp_path)
+    assert files["assignments.md"].splitlines()[4] == "| fedamole |" + " n/a |" * 7
+    (row,) = rows(files["assignments.csv"])
+    assert {row[f"{what}_mean"] for what in TITLES} == {""}
+
+
+def test_without_methods_with_experts_there_is_no_table_of_assignments(tmp_path: Path) -> None:
+    baselines = replace(STUDY, methods=("fedit", "zero-shot"))
+    files = tables(baselines, tmp_path)
+    assert set(files) == set(table_names(baselines.settings()))
+    assert not any(name.startswith("assignments") for name in files)
+
+
+def test_a_metrics_file_from_before_the_optimum_has_no_quality(tmp_path: Path) -> None:
+    study = replace(STUDY, rounds=3, clients=3)
+    paths = study.write(tmp_path)
+    for path in paths:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            line.pop("optimum", None)
+            line.pop("chance", None)
+        write_lines(path, lines)
+    settings = study.settings()
+    line = table_files(read_metrics(paths, settings), settings)["assignments.md"].splitlines()[4]
+    assert line.startswith("| fedamole | n/a | n/a | ") and line.count("n/a") == 2
 
 
 # Bad input
@@ -196,6 +252,8 @@ def change(path: Path, record: str, index: int, values: dict[str, Any] | None) -
         ("assignment", None, r"assignment records of rounds \[1\]; \[1, 2\] are needed"),
         ("assignment", {"round": 1}, r"assignment records of rounds \[1, 1\]"),
         ("assignment", {"num_experts": 5}, "assignment of round 2 is not 2 modules x 5 experts"),
+        ("assignment", {"optimum": [1.0]}, "assignment of round 2 is not 2 modules x 4 experts"),
+        ("assignment", {"chance": [1.0]}, "assignment of round 2 is not 2 modules x 4 experts"),
         ("partition", {"counts": [[1, 2, 3]]}, "partition is not 2 clients x its classes"),
         ("partition", {"classes": ["x", "y", "z"]}, "the partition of a-s1 differs from that in"),
         ("run", None, "has 0 run records; needs one"),
@@ -254,8 +312,8 @@ def test_other_number_of_rounds_is_refused(tmp_path: Path) -> None:
 def test_earliest_of_equally_good_rounds_counts(tmp_path: Path) -> None:
     flat = replace(STUDY, loss=lambda *_: 1.0)
     run: Run = read(flat, tmp_path).run("a-s1", "fedit")
-    assert run.counted_round("best") == 1
-    assert run.counted_round("last") == 2
+    assert {record.round for record in run.counted("best")} == {1}
+    assert {record.round for record in run.counted("last")} == {2}
 
 
 def test_html_has_the_numbers_of_the_markdown() -> None:

@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 
 from fedamole import stages
+from fedamole.accounting import epsilon
 from fedamole.artifacts import read_record
 from fedamole.config import load_config, read_yaml
+from fedamole.embeddings import Embedded
 from fedamole.pool_files import read_assignment, read_client_state, read_upload
+from fedamole.privacy import perturb_embedded
 from fedamole.progress import read_progress
 from fedamole.settings import TrainingSettings
-from fedamole.training import learning_rate, steps_per_round
+from fedamole.training import learning_rate
 
 pytestmark = pytest.mark.xdist_group("training")
 
@@ -323,8 +326,11 @@ def test_gradient_checkpointing_gives_the_same_weights(workshop: Workshop, one_r
 
 def test_steps_follow_from_epochs() -> None:
     settings = TrainingSettings(local_epochs=3, batch_size=4)
-    assert steps_per_round(settings, num_examples=10) == 8
-    assert steps_per_round(TrainingSettings(), num_examples=10) == 200
+    assert settings.most_steps(num_examples=10) == 8
+    assert TrainingSettings().most_steps(num_examples=10) == 200
+
+
+def test_the_learning_rate_decays_from_round_to_round() -> None:
     assert learning_rate(TrainingSettings(learning_rate=1.0), round_=3) == pytest.approx(0.99**2)
 
 
@@ -419,3 +425,76 @@ def test_a_training_that_diverges_is_one_clear_line(
         "pool.h5",
         "progress",
     ]
+
+
+DP_SGD = {"noise_multiplier": 0.8, "max_grad_norm": 0.5, "delta": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def private(workshop: Workshop) -> Workshop:
+    """The same files with both kinds of privacy."""
+    raw = {"dp_sgd": DP_SGD, "embeddings": {"eta": 50.0}}
+    other = copy.copy(workshop)
+    other.raw = {**workshop.raw, "privacy": raw, "training": {**workshop.raw["training"]}}
+    del other.raw["training"]["micro_batch_size"]
+    return other
+
+
+@pytest.fixture(scope="module")
+def privately(private: Workshop) -> Path:
+    return private.train("private", [0, 1])
+
+
+def test_private_training_is_the_same_on_two_ranks(private: Workshop, privately: Path) -> None:
+    folder = private.train("private-2", [0], ranks=2, deepspeed="zero2")
+    expected, found = tensors(privately / "client_0.h5"), tensors(folder / "client_0.h5")
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_a_client_trained_privately_alone_gives_the_same_bytes(
+    private: Workshop, privately: Path
+) -> None:
+    alone = private.train("private-alone", [1])
+    for name in ("client_1.h5", "metrics_1.json"):
+        assert (alone / name).read_bytes() == (privately / name).read_bytes()
+
+
+def test_metrics_say_what_a_client_has_spent(
+    private: Workshop, privately: Path, one_rank: Path
+) -> None:
+    settings = private.stage().run.privacy.dp_sgd
+    assert settings is not None
+    for client in (0, 1):
+        found = metrics(privately / f"metrics_{client}.json")
+        assert found["epsilon"] == epsilon(settings, 4, found["num_train"], steps=4) > 0.1
+        assert found["delta"] == 1e-3
+        upload = read_upload(privately / f"client_{client}.h5")
+        assert not any(counts.any() for counts in upload.tokens.values())
+    assert "epsilon" not in metrics(one_rank / "metrics_0.json")
+
+
+def test_noise_on_embeddings_changes_nothing_else(workshop: Workshop, one_rank: Path) -> None:
+    noisy = copy.copy(workshop)
+    noisy.raw = {**workshop.raw, "privacy": {"embeddings": {"eta": 5.0}}}
+    folder = noisy.train("noisy", [0])
+    clean, found = (read_upload(path / "client_0.h5") for path in (one_rank, folder))
+    stage = noisy.stage().run
+    assert stage.privacy.embeddings is not None
+    expected = perturb_embedded(
+        Embedded(clean.client_embeddings_MR, clean.expert_embeddings),
+        clean.state,
+        stage.privacy.embeddings,
+        stage.seed,
+        round_=1,
+        client=0,
+    )
+    assert np.array_equal(found.client_embeddings_MR, expected.client_MR)
+    assert not np.array_equal(found.client_embeddings_MR, clean.client_embeddings_MR)
+    before, after = tensors(one_rank / "client_0.h5"), tensors(folder / "client_0.h5")
+    for name, array in before.items():
+        if "embeddings" not in name:
+            assert np.array_equal(after[name], array), name
+    for name, array in expected.experts.items():
+        assert np.array_equal(found.expert_embeddings[name], array)
+    assert metrics(folder / "metrics_0.json") == metrics(one_rank / "metrics_0.json")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from workflow_study import REPOSITORY, Study, new_study
+from workflow_study import REPOSITORY, SMOKE, Study, new_study
 
 from fedamole.cli.study import Study as Known
 from fedamole.cli.study import read_benchmarks, read_study
@@ -68,6 +68,22 @@ def test_jobs_are_those_that_the_workflow_plans(changes: dict[str, Any], tmp_pat
     assert job_counts(load_config(study.config, REPOSITORY / "configs")) == planned
 
 
+@pytest.mark.parametrize("execution", [{"clients_per_job": 2}, {"clients_per_job": "all"}])
+def test_jobs_of_those_who_take_part_are_counted(execution: dict[str, Any], tmp_path: Path) -> None:
+    study = new_study(
+        tmp_path / "study",
+        methods=["fedamole", "fedit", "local", "centralised"],
+        participation={"fraction": 0.6, "dropout_rate": 0.2, "quorum": 0.5},
+        scenarios=[{**SMOKE["scenarios"][0], "clients": 6, "min_examples": 20}],
+        seeds=[1, 2],
+        rounds=3,
+        execution=execution,
+    )
+    planned = study.planned()
+    assert planned.pop("all") == 1
+    assert job_counts(load_config(study.config, REPOSITORY / "configs")) == planned
+
+
 def test_jobs_of_scenarios_of_different_size_are_counted_too(tmp_path: Path) -> None:
     study = new_study(tmp_path / "study", execution={"clients_per_job": 2})
     first = study.config["scenarios"][0]
@@ -112,7 +128,7 @@ def test_a_client_reads_what_it_sends_but_for_embeddings(finished: Study) -> Non
 def test_disk_is_that_of_the_real_rounds(run: str, finished: Study) -> None:
     facts = known(finished)
     work, computed = volumes(finished)[run]
-    disk = disk_of(facts.config, computed, facts.config.scenarios[0], work, keep=None)
+    disk = disk_of(facts.config, computed, SCENARIO, work)
     real = (finished.results / "runs" / SCENARIO / run).glob("round_*/*.h5")
     assert disk == pytest.approx(sum(path.stat().st_size for path in real), rel=0.1)
 

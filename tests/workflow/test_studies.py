@@ -3,30 +3,10 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from workflow_study import new_study
+from workflow_study import FRUIT, new_study, write_fruit
 
 pytestmark = pytest.mark.xdist_group("workflow")
-
-DATASET = {
-    "name": "fruit",
-    "task": "classification",
-    "source": {"files": ["fruit.jsonl"]},
-    "template": "Is the fruit sweet? {text}\nAnswer:",
-    "label": "sweet",
-    "answers": {"0": "No", "1": "Yes"},
-}
-
-
-def write_fruit(path: Path) -> None:
-    """A hundred and twenty rows whose label stands in the text."""
-    rng = np.random.default_rng(0)
-    rows = [
-        {"text": f"It tastes {'sweet' if sweet else 'sour'}, {number} of them.", "sweet": sweet}
-        for number, sweet in enumerate(rng.integers(0, 2, size=120).tolist())
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_own_data_in_scenarios_of_different_size_on_two_ranks(tmp_path: Path) -> None:
@@ -36,8 +16,8 @@ def test_own_data_in_scenarios_of_different_size_on_two_ranks(tmp_path: Path) ->
         methods=["fedamole", "zero-shot"],
         execution={"clients_per_job": 2},
         scenarios=[
-            {"dataset": DATASET, "partition": "iid", "clients": 3, **limits},
-            {"dataset": DATASET, "partition": "meta1", "clients": 2, **limits},
+            {"dataset": FRUIT, "partition": "iid", "clients": 3, **limits},
+            {"dataset": FRUIT, "partition": "meta1", "clients": 2, **limits},
         ],
     )
     study.config["training"] = {**study.config["training"], "ranks": 2, "micro_batch_size": 1}
@@ -59,7 +39,7 @@ def test_own_data_in_scenarios_of_different_size_on_two_ranks(tmp_path: Path) ->
 
 def test_a_broken_row_ends_the_study_with_file_and_line(tmp_path: Path) -> None:
     study = new_study(tmp_path / "study", methods=["zero-shot"], tables={"reference": "zero-shot"})
-    study.config["scenarios"] = [{"dataset": DATASET, "partition": "iid", "clients": 2}]
+    study.config["scenarios"] = [{"dataset": FRUIT, "partition": "iid", "clients": 2}]
     write_fruit(study.folder / "fruit.jsonl")
     with (study.folder / "fruit.jsonl").open("a") as stream:
         stream.write('{"text": "It tastes odd.", "sweet": 2}\n')

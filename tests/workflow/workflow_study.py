@@ -1,18 +1,30 @@
 """Studies in temporary folders: write a config, run or plan it, compare its files."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMOKE = yaml.safe_load((REPOSITORY / "configs/smoke.yaml").read_text())
+
+# A classification data set of one's own; write_fruit writes it.
+FRUIT = {
+    "name": "fruit",
+    "task": "classification",
+    "source": {"files": ["fruit.jsonl"]},
+    "template": "Is the fruit sweet? {text}\nAnswer:",
+    "label": "sweet",
+    "answers": {"0": "No", "1": "Yes"},
+}
 
 
 @dataclass
@@ -21,6 +33,8 @@ class Study:
 
     folder: Path
     config: dict[str, Any]
+    # Variables for Snakemake and its jobs, such as those of the fixture `warm`.
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def snakefile(self) -> Path:
@@ -53,7 +67,7 @@ class Study:
             self.command(*arguments),
             capture_output=True,
             text=True,
-            env={**os.environ, **environment},
+            env={**os.environ, **self.environment, **environment},
             timeout=300,
         )
 
@@ -68,7 +82,7 @@ class Study:
         assert done.returncode == 0, done.stderr
         jobs: Counter[str] = Counter()
         for name in re.findall(r"^(?:local)?rule (\w+):$", done.stdout + done.stderr, re.MULTILINE):
-            jobs[re.sub(r"(_\d+)+$", "", name)] += 1
+            jobs[re.sub(r"(_\d+|_round|_keeping)+$", "", name)] += 1
         assert jobs or "Nothing to be done" in done.stdout + done.stderr
         return jobs
 
@@ -89,10 +103,20 @@ class Study:
     def copy(self, folder: Path, **changes: Any) -> "Study":
         """A copy with everything, times and Snakemake's records included."""
         shutil.copytree(self.folder, folder, symlinks=True)
-        return Study(folder, {**self.config, **changes})
+        return Study(folder, {**self.config, **changes}, self.environment)
 
 
 def new_study(folder: Path, **changes: Any) -> Study:
     """A study without results; by default the smoke config."""
     folder.mkdir()
     return Study(folder, {**SMOKE, "results": "results", **changes})
+
+
+def write_fruit(path: Path) -> None:
+    """A hundred and twenty rows whose label stands in the text."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"text": f"It tastes {'sweet' if sweet else 'sour'}, {number} of them.", "sweet": sweet}
+        for number, sweet in enumerate(rng.integers(0, 2, size=120).tolist())
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

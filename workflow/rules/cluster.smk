@@ -55,18 +55,21 @@ def memory(wildcards, attempt):
     return min(round(MEM_MB * 1.5 ** (attempt - 1)), MAX_MEM_MB)
 
 
-def minutes(clients):
+def minutes(clients, trains=False):
     """Resources function for a shard: run time; twice as much with every attempt."""
 
     @functools.cache
-    def at_first(scenario):
+    def at_first(scenario, pooled):
         settings = SCENARIOS[scenario][0]
+        number = settings.clients if pooled else len(clients)
         return CONFIG.execution.runtime or job_minutes(
-            CONFIG, SIZE, settings, len(clients)
+            CONFIG, SIZE, settings, number, pooled
         )
 
     def of_job(wildcards, attempt):
-        return min(at_first(wildcards.scenario) * 2 ** (attempt - 1), MAX_MINUTES)
+        pooled = trains and RUNS[wildcards.run].pooled
+        first = at_first(wildcards.scenario, pooled)
+        return min(first * 2 ** (attempt - 1), MAX_MINUTES)
 
     return of_job
 

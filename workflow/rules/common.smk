@@ -1,11 +1,13 @@
 # Names, constraints and input functions. No rules; nothing here imports torch.
 import functools
+import itertools
 import re
+from typing import NamedTuple
 
 from fedamole import stages
 from fedamole.config import check_config_files, load_config
 from fedamole.errors import FedamoleError
-from fedamole.registry import METHODS
+from fedamole.registry import METHODS, RUNS
 from fedamole.results import figure_names, table_names
 from snakemake.exceptions import WorkflowError
 
@@ -29,8 +31,9 @@ SCENARIOS = CONFIG.scenario_seeds()
 BACKBONE = f"{RESULTS}/backbones/{CONFIG.backbone.name}"
 RUN = f"{RESULTS}/runs/{{scenario}}/{{run}}"
 ROUND = f"{RUN}/round_{{round}}"
+TRAINED = "(?!000)[0-9]+"
 PROGRESS = f"{RESULTS}/progress/{{scenario}}/{{run}}/round_{{round}}"
-TABLES = [f"{RESULTS}/tables/{name}" for name in table_names()]
+TABLES = [f"{RESULTS}/tables/{name}" for name in table_names(stages.results_stage(CONFIG))]
 FIGURES = [
     f"{RESULTS}/figures/{name}" for name in figure_names(stages.results_stage(CONFIG))
 ]
@@ -75,26 +78,91 @@ def method_settings(wildcards):
     return settings_json("client", wildcards.scenario, METHODS[wildcards.method].run)
 
 
+def names(clients):
+    """Names of clients as they stand in paths."""
+    return [f"{client:03d}" for client in clients]
+
+
 def clients_of(scenario):
     """Names of the clients of a scenario."""
-    return [f"{client:03d}" for client in range(SCENARIOS[scenario][0].clients)]
+    return names(range(SCENARIOS[scenario][0].clients))
 
 
-def shards():
-    """Cut the clients of every scenario into jobs: pairs of client names and scenarios.
+@functools.cache
+def population(scenario, run):
+    """Who takes part in which round of a run."""
+    return stages.run_stage(CONFIG, scenario, run).population
+
+
+def cut(clients):
+    """Cut clients into jobs."""
+    size = CONFIG.execution.clients_per_job
+    step = len(clients) if size == "all" else size
+    return [tuple(clients[at : at + step]) for at in range(0, len(clients), step)]
+
+
+class Shard(NamedTuple):
+    """Jobs that differ in wildcards only: one rule trains them."""
+
+    clients: tuple[str, ...]
+    rounds: str  # Regular expression.
+    keeps: bool
+    scenarios: tuple[str, ...] = ()
+    runs: tuple[str, ...] = ()
+
+
+def boxes(pairs):
+    """Cut (scenario, run) pairs into products of scenarios and runs, which wildcards can say."""
+    scenarios_of = {}
+    for scenario, run in pairs:
+        scenarios_of.setdefault(run, []).append(scenario)
+    runs_of = {}
+    for run, scenarios in scenarios_of.items():
+        runs_of.setdefault(tuple(scenarios), []).append(run)
+    return [(scenarios, tuple(runs)) for scenarios, runs in runs_of.items()]
+
+
+def training_shards():
+    """Cut the training of all runs into jobs.
 
     With one client a job a wildcard stands for all of them. The files are the same in every case.
+    Only where clients are drawn anew for every round, a job of several clients knows its round.
     """
-    size = CONFIG.execution.clients_per_job
-    if size == 1:
-        return [(["{client}"], list(SCENARIOS))]
+    found = {}
+    for scenario, run in itertools.product(SCENARIOS, CONFIG.runs()):
+        for clients, rounds in jobs_of_run(scenario, run) if RUNS[run].trains else []:
+            shard = Shard(clients, rounds, RUNS[run].keeps)
+            found.setdefault(shard, []).append((scenario, run))
+    return [
+        shard._replace(scenarios=scenarios, runs=runs)
+        for shard, pairs in found.items()
+        for scenarios, runs in boxes(pairs)
+    ]
+
+
+def jobs_of_run(scenario, run):
+    """Clients that one job trains, and the rounds in which there is such a job."""
+    who = population(scenario, run)
+    if CONFIG.execution.clients_per_job == 1:
+        return [(("{client}",), TRAINED)]
+    if who.everyone or who.pooled:
+        return [(clients, TRAINED) for clients in cut(names(who.drawn(1)))]
+    return [
+        (clients, f"{round_:03d}")
+        for round_ in range(1, CONFIG.rounds + 1)
+        for clients in cut(names(who.reporting(round_)))
+    ]
+
+
+def testing_shards():
+    """Cut the tests of averaged models into jobs: pairs of clients and scenarios."""
+    if CONFIG.execution.clients_per_job == 1:
+        return [(("{client}",), list(SCENARIOS))]
     found = {}
     for scenario in SCENARIOS:
-        clients = clients_of(scenario)
-        step = len(clients) if size == "all" else size
-        for start in range(0, len(clients), step):
-            found.setdefault(tuple(clients[start : start + step]), []).append(scenario)
-    return [(list(clients), scenarios) for clients, scenarios in found.items()]
+        for clients in cut(clients_of(scenario)):
+            found.setdefault(clients, []).append(scenario)
+    return list(found.items())
 
 
 def client_numbers(clients):
@@ -110,11 +178,20 @@ def client_numbers(clients):
     return of_job
 
 
-def shard_name(rule_name, clients):
+SHARD_NAMES = {}
+
+
+def shard_name(rule_name, clients, keeps=False, rounds=TRAINED):
     """Name of the rule for a shard, as it stands in logs and reports."""
-    if clients == ["{client}"]:
-        return rule_name
-    return f"{rule_name}_{clients[0]}_{clients[-1]}"
+    name = rule_name
+    if clients != ("{client}",):
+        name += f"_{clients[0]}_{clients[-1]}"
+    if rounds != TRAINED:
+        name += f"_round_{rounds}"
+    if keeps:
+        name += "_keeping"
+    SHARD_NAMES[name] = number = SHARD_NAMES.get(name, 0) + 1
+    return name if number == 1 else f"{name}_{number}"
 
 
 def shard_file(folder, rule_name, clients, suffix):
@@ -138,16 +215,37 @@ def before(name):
 
 
 def every_client(name):
-    """Input function: a file of each client of this round."""
+    """Input function: a file of each client that takes part in this round."""
 
     def of_job(wildcards):
+        who = population(wildcards.scenario, wildcards.run)
         return expand(
             f"{ROUND}/{name}",
             scenario=wildcards.scenario,
             run=wildcards.run,
             round=wildcards.round,
-            client=clients_of(wildcards.scenario),
+            client=names(who.reporting(int(wildcards.round))),
         )
+
+    return of_job
+
+
+def kept_before(clients, keeps):
+    """Input function: what each client kept when it last took part; none for those who never did."""
+
+    def of_job(wildcards):
+        who = population(wildcards.scenario, wildcards.run)
+        found = []
+        for client in client_numbers(clients)(wildcards, None) if keeps else []:
+            round_ = who.last_before(client, int(wildcards.round))
+            if round_ is not None:
+                folder = ROUND.format(
+                    scenario=wildcards.scenario,
+                    run=wildcards.run,
+                    round=f"{round_:03d}",
+                )
+                found.append(f"{folder}/kept_{client:03d}.h5")
+        return found
 
     return of_job
 
@@ -161,13 +259,21 @@ def metrics_of_row(wildcards):
     """Input function: the clients' metrics behind a row of the tables."""
     row = METHODS[wildcards.method]
     name = "metrics" if row.evaluated == "local" else "aggregated"
-    return expand(
-        f"{ROUND}/{name}_{{client}}.json",
-        scenario=wildcards.scenario,
-        run=row.run,
-        round=[f"{round_:03d}" for round_ in rounds_of(row)],
-        client=clients_of(wildcards.scenario),
-    )
+    who = population(wildcards.scenario, row.run)
+    everyone = range(who.clients)
+    return [
+        path
+        for round_ in rounds_of(row)
+        for path in expand(
+            f"{ROUND}/{name}_{{client}}.json",
+            scenario=wildcards.scenario,
+            run=row.run,
+            round=f"{round_:03d}",
+            client=names(
+                who.reporting(round_) if row.evaluated == "local" else everyone
+            ),
+        )
+    ]
 
 
 def assignments_of_row(wildcards):

@@ -1,7 +1,7 @@
 # Tests of aggregated models, and the one file per row that tables and figures read.
 
 
-for clients, scenarios in shards():
+for clients, scenarios in testing_shards():
 
     rule:
         name:

@@ -1,7 +1,5 @@
 # The federated rounds: round_000 is before training; round t trains from round t - 1.
 
-TRAINED = "(?!000)[0-9]+"
-
 
 rule init_server:
     """Make the first pool, and a first assignment from random scores."""
@@ -30,36 +28,41 @@ rule init_server:
         """
 
 
-for clients, scenarios in shards():
+for shard in training_shards():
 
     rule:
         name:
-            shard_name("train_clients", clients)
+            shard_name("train_clients", shard.clients, shard.keeps, shard.rounds)
         input:
             backbone=naming_jobs(BACKBONE),
             tokens=rules.tokenize.output,
             pool=before("pool.h5"),
             assignment=before("assignment.h5"),
+            kept=kept_before(shard.clients, shard.keeps),
         output:
-            uploads=[f"{ROUND}/client_{client}.h5" for client in clients],
-            metrics=[f"{ROUND}/metrics_{client}.json" for client in clients],
+            uploads=[f"{ROUND}/client_{client}.h5" for client in shard.clients],
+            metrics=[f"{ROUND}/metrics_{client}.json" for client in shard.clients],
+            kept=[
+                f"{ROUND}/kept_{client}.h5" for client in shard.clients if shard.keeps
+            ],
         log:
-            shard_file("logs", "train_clients", clients, "log"),
+            shard_file("logs", "train_clients", shard.clients, "log"),
         benchmark:
-            shard_file("benchmarks", "train_clients", clients, "tsv")
+            shard_file("benchmarks", "train_clients", shard.clients, "tsv")
         wildcard_constraints:
-            scenario=one_of(scenarios),
-            round=TRAINED,
+            scenario=one_of(shard.scenarios),
+            run=one_of(shard.runs),
+            round=shard.rounds,
         # The rounds are the longest chain; tests of averaged models fill the gaps.
         priority: 10
         threads: CORES
         resources:
             **JOB_RESOURCES,
             mem_mb=memory,
-            runtime=minutes(clients),
+            runtime=minutes(shard.clients, trains=True),
         params:
             settings=settings("client"),
-            clients=client_numbers(clients),
+            clients=client_numbers(shard.clients),
             layout=layout,
             progress=progress_of_round,
         shell:
@@ -73,8 +76,10 @@ for clients, scenarios in shards():
                 --tokens {input.tokens:q} \
                 --pool {input.pool:q} \
                 --assignment {input.assignment:q} \
+                --kept {input.kept:q} \
                 --out-uploads {output.uploads:q} \
                 --out-metrics {output.metrics:q} \
+                --out-kept {output.kept:q} \
                 2>&1 | tee {log:q}
             """
 

@@ -1,0 +1,82 @@
+"""Rounds in which not all clients take part: drawn, dropped out, lost."""
+
+import json
+from pathlib import Path
+
+import pytest
+from workflow_study import SMOKE, Study, new_study
+
+from fedamole.participation import Participation
+from fedamole.settings import ParticipationSettings
+
+pytestmark = pytest.mark.xdist_group("workflow")
+SAMPLED = {"fraction": 0.6, "dropout_rate": 0.2, "quorum": 0.5}
+NUMBERS = ("runs/*/*/round_*/*", "metrics/*/*.jsonl", "tables/*")
+
+
+def sampled_study(folder: Path, **changes: object) -> Study:
+    scenario = {**SMOKE["scenarios"][0], "clients": 5}
+    settings = {"methods": ["fedamole"], "rounds": 3, "participation": SAMPLED}
+    return new_study(folder, scenarios=[scenario], **{**settings, **changes})
+
+
+def records(study: Study, method: str, kind: str) -> list[dict[str, object]]:
+    """Records of one kind in the metrics file of a method."""
+    path = next(study.results.glob(f"metrics/*/{method}.jsonl"))
+    lines = map(json.loads, path.read_text().splitlines())
+    return [line for line in lines if line.get("record") == kind]
+
+
+def test_only_those_who_are_drawn_work_whatever_the_jobs(tmp_path: Path) -> None:
+    study = sampled_study(tmp_path / "all")
+    study.run()
+    other = sampled_study(tmp_path / "one", execution={"clients_per_job": 1})
+    other.run()
+
+    assert study.contents(*NUMBERS) == other.contents(*NUMBERS)
+    who = Participation(ParticipationSettings(**SAMPLED), clients=5, seed=42)
+    for round_ in (1, 2, 3):
+        folder = study.results / f"runs/chatterbot-dir0.5-s42/fedamole/round_{round_:03d}"
+        names = {path.stem for path in folder.glob("client_*.h5")}
+        assert names == {f"client_{client:03d}" for client in who.reporting(round_)}
+    # Experts are handed out to those who are drawn, dropouts included.
+    for record in records(study, "fedamole", "assignment"):
+        holders = {k for module in record["holders"] for held in module for k in held}
+        assert holders == set(who.drawn(record["round"]))
+    last = {r["client"]: r["round"] for r in records(study, "fedamole", "client")}
+    rows = (study.results / "tables/clients.csv").read_text().splitlines()[1:]
+    assert {int(row.split(",")[5]): int(row.split(",")[4]) for row in rows} == last
+
+
+def test_a_round_goes_on_without_a_client_that_fails_and_says_so(tmp_path: Path) -> None:
+    study = new_study(tmp_path / "study", methods=["fedamole"], participation={"quorum": 0.6})
+    assert study.snakemake("--quiet", "all", "--until", "tokenize").returncode == 0
+    path = next(study.results.glob("scenarios/*/tokens-*/clients.json"))
+    content = json.loads(path.read_text())
+    content["clients"][2]["train"] = [0, 0]
+    path.write_text(json.dumps(content))
+
+    study.run()
+
+    lost = records(study, "fedamole", "dropout")
+    assert [(record["round"], record["client"]) for record in lost] == [(1, 2), (2, 2)]
+    assert all("client 2 has no training examples" in record["reason"] for record in lost)
+    tested = records(study, "fedamole", "client")
+    assert [(r["round"], r["client"]) for r in tested] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert "client_002 dropped out: " in study.logs()
+    assert "client 2" not in (study.results / "tables/clients.md").read_text()
+
+
+def test_too_few_clients_end_the_study(tmp_path: Path) -> None:
+    study = new_study(tmp_path / "study", methods=["fedamole"], participation={"quorum": 0.7})
+    assert study.snakemake("--quiet", "all", "--until", "tokenize").returncode == 0
+    path = next(study.results.glob("scenarios/*/tokens-*/clients.json"))
+    content = json.loads(path.read_text())
+    content["clients"][2]["train"] = [0, 0]
+    path.write_text(json.dumps(content))
+
+    done = study.snakemake("--quiet", "rules")
+
+    assert done.returncode == 1
+    assert "no upload of clients [2]; 2 of 3 reported, the quorum is 3" in done.stdout + done.stderr
+    assert "Traceback" not in study.logs()
