@@ -1,4 +1,4 @@
-"""The command that shows a pool, an upload or an assignment to people."""
+"""The command that shows people what is in a file of a run."""
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the commands."""
-    parser = subparsers.add_parser("pool", help="look into pools, uploads and assignments")
+    parser = subparsers.add_parser("pool", help="look into the files of a run")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     show = commands.add_parser("show", help="print what a file holds and where it comes from")
     show.add_argument("file", type=Path, metavar="FILE")
@@ -34,6 +34,8 @@ def run_show(args: argparse.Namespace) -> None:
         "pool": _pool,
         "upload": _upload,
         "assignment": _assignment,
+        "kept": _kept,
+        "dropout": _dropout,
     }
     if header.kind not in kinds:
         raise FedamoleError(f"{args.file}: holds {header.kind}; allowed: {', '.join(kinds)}")
@@ -99,6 +101,27 @@ def _upload(path: Path) -> list[str]:
     return [*lines, "", *table(rows, ("module", "expert", "tokens"))] if rows else lines
 
 
+def _kept(path: Path) -> list[str]:
+    """Describe what a client keeps for itself."""
+    from fedamole.pool_files import read_kept
+
+    kept = read_kept(path)
+    facts = [("client", kept.client), ("after round", kept.round), *sorted(kept.numbers.items())]
+    arrays = {
+        (name, key): array
+        for name, tensors in kept.groups.items()
+        for key, array in tensors.items()
+    }
+    return ["", *table(facts), "", *_tensor_table(arrays)]
+
+
+def _dropout(path: Path) -> list[str]:
+    """Say why a client dropped out."""
+    from fedamole.pool_files import read_dropout
+
+    return ["", f"Dropped out: {read_dropout(path)}"]
+
+
 def _assignment(path: Path) -> list[str]:
     """Describe an assignment."""
     from fedamole.pool_files import read_assignment
@@ -137,12 +160,18 @@ def _tensors(groups: "Mapping[str, PoolGroup] | Mapping[str, ClientGroup]") -> l
     """Tabulate the tensors of all groups with shape, dtype and size."""
     if not groups:
         return ["No tensors: nothing is trained."]
-    arrays = {
-        (name, f"{part}/{key}"): array
-        for name, group in groups.items()
-        for part in ("experts", "shared")
-        for key, array in getattr(group, part).items()
-    }
+    return _tensor_table(
+        {
+            (name, f"{part}/{key}"): array
+            for name, group in groups.items()
+            for part in ("experts", "shared", "server")
+            for key, array in getattr(group, part, {}).items()
+        }
+    )
+
+
+def _tensor_table(arrays: "Mapping[tuple[str, str], np.ndarray]") -> list[str]:
+    """Tabulate arrays by group and name."""
     rows = [
         (*key, _shape(array), _dtype(array), _mib(array.nbytes)) for key, array in arrays.items()
     ]

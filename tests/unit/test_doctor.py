@@ -494,6 +494,37 @@ def test_little_space_is_a_warning(
     assert problem(folders.check(tmp_path, 1, config)).startswith("warning  free space")
 
 
+def test_the_longest_job_may_be_one_on_the_data_of_all_clients(
+    study_with: Callable[..., Config],
+) -> None:
+    long = {
+        "training": {"steps": 5_000_000, "batch_size": 1},
+        "execution": {"clients_per_job": 1, "runtime": None},
+        "tables": {"reference": "fedit"},
+    }
+    apart, pooled, half = (
+        demands.needs(study_with(methods=["fedit", *methods], **long, **changes))[1]
+        for methods, changes in (
+            ([], {}),
+            (["centralised"], {}),
+            (["centralised"], {"participation": {"fraction": 0.5}}),
+        )
+    )
+    assert pooled == half == pytest.approx(3 * apart, rel=0.01)
+
+
+def test_kept_states_need_space(study_with: Callable[..., Config]) -> None:
+    def needed(method: str, **changes: Any) -> float:
+        found = folders.need(study_with(methods=[method], tables={"reference": method}, **changes))
+        assert found is not None
+        return found
+
+    # Nothing is sent, but what each client trained stays with it. One of three trains in a round.
+    assert needed("local") > 0.9 * needed("fedit-ft")
+    sampled = {"participation": {"fraction": 0.3}, "rounds": 40}
+    assert needed("local", **sampled) < 0.6 * needed("local", rounds=40)
+
+
 def backbone_of(**source: Any) -> dict[str, Any]:
     return {"name": "model", **source}
 

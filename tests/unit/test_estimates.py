@@ -27,6 +27,7 @@ from transformers import (
 from fedamole import stages
 from fedamole.artifacts import Header, write_record
 from fedamole.batches import collate
+from fedamole.cli import main
 from fedamole.cli.study import read_benchmarks
 from fedamole.config import Config, load_config, read_yaml
 from fedamole.hmole_peft import HMoLEConfig
@@ -502,6 +503,38 @@ def test_measured_times_count_before_computed_ones(configs: Path) -> None:
     # Aggregate and assign between rounds take a moment.
     assert 900 < times.chain_s < 1000
     assert times.chain_jobs == 3
+
+
+def test_the_plan_says_who_takes_part_if_that_is_not_everyone(
+    configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def printed(**changes: Any) -> str:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({**read_yaml(configs / "smoke.yaml"), **changes}))
+        assert main(["plan", "--configfile", str(path)]) == 0
+        return capsys.readouterr().out
+
+    assert "Participation" not in printed()
+    assert "At most" not in printed()
+    ten = {**read_yaml(configs / "smoke.yaml")["scenarios"][0], "clients": 10}
+    text = printed(
+        methods=["fedit", "centralised", "fedprompt"],
+        scenarios=[ten],
+        participation={"fraction": 0.6, "dropout_rate": 0.25, "quorum": 0.5},
+        training={"steps": 9, "min_steps": 4},
+        prompt={"text": "Answer:"},
+    )
+    assert (
+        "Participation\n"
+        "chatterbot-dir0.5: 6 of 10 clients a round, at least 3 must report; each drops out with "
+        "probability 0.25\n"
+        "Every client takes its own number of steps, from 4 to 9.\n"
+        "centralised: one client, which trains on the data of all.\n"
+    ) in text
+    # Seven bytes, and what a tokenizer may set before them.
+    assert "At most: the prompt of fedprompt has 9 tokens" in text
+    drawn = printed(scenarios=[ten], methods=["fedit-ft"], participation={"fraction": 0.2})
+    assert "2 of 10 clients a round, all of them must report\n" in drawn
 
 
 def test_a_measured_job_had_those_of_its_clients_that_took_part(

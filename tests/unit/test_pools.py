@@ -23,10 +23,14 @@ from fedamole.hdf5 import datasets, opened, read_rows
 from fedamole.pool_files import (
     read_assignment,
     read_client_state,
+    read_dropout,
     read_header,
+    read_kept,
     read_pool,
     read_upload,
     write_assignment,
+    write_dropout,
+    write_kept,
     write_pool,
     write_upload,
 )
@@ -35,6 +39,7 @@ from fedamole.pools import (
     Assignment,
     ClientGroup,
     ClientState,
+    KeptState,
     ModuleShape,
     Pool,
     PoolGroup,
@@ -502,3 +507,58 @@ def test_show_copes_with_methods_without_experts(tmp_path, capsys, pool):
     header, assignment = replace(HEADER, kind="assignment"), make_assignment(pool)
     write_assignment(tmp_path / "assignment.h5", header, assignment)
     assert ["experts", "per", "module", "0"] in show(tmp_path / "assignment.h5", capsys)
+
+
+def test_what_a_client_keeps_comes_back(tmp_path):
+    rng = np.random.default_rng(3)
+    groups = {
+        "q_proj": {"lora_A": rng.normal(size=(2, 3, 5)).astype(np.float32)},
+        "v_proj": {"lora_A": cast(rng.normal(size=(2, 3, 5)).astype(np.float32), BFLOAT16)},
+    }
+    kept = KeptState(client=2, round=7, groups=groups, numbers={"weight": 0.1})
+    path = tmp_path / "kept.h5"
+    write_kept(path, replace(HEADER, kind="kept"), kept)
+
+    back = read_kept(path)
+
+    assert (back.client, back.round, back.numbers) == (2, 7, {"weight": 0.1})
+    assert back.groups.keys() == groups.keys()
+    for name, tensors in groups.items():
+        assert back.groups[name]["lora_A"].tobytes() == tensors["lora_A"].tobytes()
+        assert back.groups[name]["lora_A"].dtype == tensors["lora_A"].dtype
+    with pytest.raises(FedamoleError, match="kept"):
+        read_upload(path)
+
+
+def test_a_dropout_is_no_upload_and_says_why(tmp_path):
+    path = tmp_path / "client.h5"
+    write_dropout(path, replace(HEADER, kind="dropout"), 1, 4, "out of memory")
+    assert read_dropout(path) == "out of memory"
+    with pytest.raises(FedamoleError, match="dropout"):
+        read_upload(path)
+
+
+def test_what_the_server_keeps_comes_back_and_reaches_no_client(tmp_path):
+    pool = make_pool()
+    name, group = next(iter(pool.groups.items()))
+    key, value = next(iter(group.shared.items()))
+    momentum = {key: np.ones_like(value)}
+    pool = replace(pool, groups={**pool.groups, name: replace(group, server=momentum)})
+    path = tmp_path / "pool.h5"
+    write_pool(path, HEADER, pool)
+    np.testing.assert_array_equal(read_pool(path).groups[name].server[key], momentum[key])
+    state = read_client_state(path, make_assignment(pool), 0)
+    assert set(state.groups[name].shared) == set(group.shared)
+    assert not any("server" in key for key in state.groups[name].shared)
+
+
+def test_show_tells_people_what_clients_keep_and_why_they_dropped_out(tmp_path, capsys):
+    groups = {"q_proj": {"lora_B": np.zeros((2, 3, 5), np.float32)}}
+    kept, dropout = tmp_path / "kept.h5", tmp_path / "client.h5"
+    write_kept(kept, replace(HEADER, kind="kept"), KeptState(2, 7, groups, {"weight": 0.25}))
+    write_dropout(dropout, replace(HEADER, kind="dropout"), 1, 4, "out of memory")
+    run_show(SimpleNamespace(file=kept))
+    run_show(SimpleNamespace(file=dropout))
+    out = capsys.readouterr().out
+    assert "weight       0.25" in out and "2 x 3 x 5" in out
+    assert "Dropped out: out of memory" in out

@@ -34,7 +34,11 @@ def change(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     [
         ("roundz", 3, "roundz: is not a setting (value 3); did you mean rounds? allowed: "),
         ("training.lr", 1, "training: lr: is not a setting (value 1); "),
-        ("methods", ["fedamol"], "method 'fedamol' is unknown; allowed: centralised, fdlora, fedalt, fedamole"),
+        (
+            "methods",
+            ["fedamol"],
+            "method 'fedamol' is unknown; allowed: centralised, fdlora, fedalt, fedamole",
+        ),
         ("methods", ["fedit", "fedit"], "method 'fedit' stands twice"),
         (
             "scenarios.0.dataset",

@@ -38,8 +38,9 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Study:
+def finished(tmp_path_factory: pytest.TempPathFactory, warm: dict[str, str]) -> Study:
     """The smoke study, run once; not to be changed."""
     study = new_study(tmp_path_factory.mktemp("finished") / "study")
+    study.environment = warm
     study.run()
     return study

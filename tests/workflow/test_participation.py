@@ -14,10 +14,27 @@ SAMPLED = {"fraction": 0.6, "dropout_rate": 0.2, "quorum": 0.5}
 NUMBERS = ("runs/*/*/round_*/*", "metrics/*/*.jsonl", "tables/*")
 
 
-def sampled_study(folder: Path, **changes: object) -> Study:
+@pytest.fixture
+def sampled(tmp_path: Path, warm: dict[str, str]) -> Study:
+    """Five clients, of which three are drawn for a round."""
     scenario = {**SMOKE["scenarios"][0], "clients": 5}
     settings = {"methods": ["fedamole"], "rounds": 3, "participation": SAMPLED}
-    return new_study(folder, scenarios=[scenario], **{**settings, **changes})
+    study = new_study(tmp_path / "study", scenarios=[scenario], **settings)
+    study.environment = warm
+    return study
+
+
+@pytest.fixture
+def broken(tmp_path: Path, warm: dict[str, str]) -> Study:
+    """Three clients, of which the last has nothing to train on."""
+    study = new_study(tmp_path / "study", methods=["fedamole"])
+    study.environment = warm
+    assert study.snakemake("--quiet", "all", "--until", "tokenize").returncode == 0
+    path = next(study.results.glob("scenarios/*/tokens-*/clients.json"))
+    content = json.loads(path.read_text())
+    content["clients"][2]["train"] = [0, 0]
+    path.write_text(json.dumps(content))
+    return study
 
 
 def records(study: Study, method: str, kind: str) -> list[dict[str, object]]:
@@ -27,10 +44,9 @@ def records(study: Study, method: str, kind: str) -> list[dict[str, object]]:
     return [line for line in lines if line.get("record") == kind]
 
 
-def test_only_those_who_are_drawn_work_whatever_the_jobs(tmp_path: Path) -> None:
-    study = sampled_study(tmp_path / "all")
+def test_only_those_who_are_drawn_work_whatever_the_jobs(sampled: Study, tmp_path: Path) -> None:
+    study, other = sampled, sampled.copy(tmp_path / "one", execution={"clients_per_job": 1})
     study.run()
-    other = sampled_study(tmp_path / "one", execution={"clients_per_job": 1})
     other.run()
 
     assert study.contents(*NUMBERS) == other.contents(*NUMBERS)
@@ -48,14 +64,9 @@ def test_only_those_who_are_drawn_work_whatever_the_jobs(tmp_path: Path) -> None
     assert {int(row.split(",")[5]): int(row.split(",")[4]) for row in rows} == last
 
 
-def test_a_round_goes_on_without_a_client_that_fails_and_says_so(tmp_path: Path) -> None:
-    study = new_study(tmp_path / "study", methods=["fedamole"], participation={"quorum": 0.6})
-    assert study.snakemake("--quiet", "all", "--until", "tokenize").returncode == 0
-    path = next(study.results.glob("scenarios/*/tokens-*/clients.json"))
-    content = json.loads(path.read_text())
-    content["clients"][2]["train"] = [0, 0]
-    path.write_text(json.dumps(content))
-
+def test_a_round_goes_on_without_a_client_that_fails_and_says_so(broken: Study) -> None:
+    study = broken
+    study.config["participation"] = {"quorum": 0.6}
     study.run()
 
     lost = records(study, "fedamole", "dropout")
@@ -67,16 +78,22 @@ def test_a_round_goes_on_without_a_client_that_fails_and_says_so(tmp_path: Path)
     assert "client 2" not in (study.results / "tables/clients.md").read_text()
 
 
-def test_too_few_clients_end_the_study(tmp_path: Path) -> None:
-    study = new_study(tmp_path / "study", methods=["fedamole"], participation={"quorum": 0.7})
-    assert study.snakemake("--quiet", "all", "--until", "tokenize").returncode == 0
-    path = next(study.results.glob("scenarios/*/tokens-*/clients.json"))
-    content = json.loads(path.read_text())
-    content["clients"][2]["train"] = [0, 0]
-    path.write_text(json.dumps(content))
-
+def test_too_few_clients_end_the_study_until_one_is_mended(broken: Study) -> None:
+    study = broken
+    study.config["participation"] = {"quorum": 0.7}
+    whole = next(study.results.glob("scenarios/*/tokens-*/clients.json"))
     done = study.snakemake("--quiet", "rules")
 
+    said = done.stdout + done.stderr
     assert done.returncode == 1
-    assert "no upload of clients [2]; 2 of 3 reported, the quorum is 3" in done.stdout + done.stderr
+    assert "no upload of clients [2]; 2 of 3 reported, the quorum is 3" in said
     assert "Traceback" not in study.logs()
+
+    upload = next(study.results.glob("runs/*/fedamole/round_001/client_002.h5"))
+    assert f"delete {upload.relative_to(study.folder)} to let it try again" in said
+    content = json.loads(whole.read_text())
+    content["clients"][2]["train"] = content["clients"][2]["embedding"]
+    whole.write_text(json.dumps(content))
+    upload.unlink()
+    study.run()
+    assert records(study, "fedamole", "dropout") == []

@@ -196,7 +196,12 @@ def test_a_plan_needs_no_results_and_says_what_it_guessed(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_calibration_measures_here(tmp_path: Path) -> None:
-    study = new_study(tmp_path / "study")
+    study = new_study(
+        tmp_path / "study",
+        scenarios=[{**SMOKE["scenarios"][0], "clients": 6, "min_examples": 20}],
+        participation={"fraction": 0.5},
+        training={**SMOKE["training"], "min_steps": 2},
+    )
     done = fedamole(study, "plan", "--calibrate")
     assert done.returncode == 0, done.stderr
     assert f"Measured here on clients of {SCENARIO}:" in done.stdout
