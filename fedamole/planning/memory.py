@@ -11,7 +11,7 @@ from fedamole.config import Config
 from fedamole.planning.contents import contents_of, virtual_tokens
 from fedamole.planning.model_size import ModelSize
 from fedamole.planning.volumes import FLOAT, adapters_of
-from fedamole.planning.workload import works_of
+from fedamole.planning.workload import sequences_per_pass, works_of
 
 MB = 2**20
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -152,7 +152,7 @@ def _adapters(config: Config, size: ModelSize, zero: ZeRO) -> float:
 
 def training_bytes(config: Config, size: ModelSize, checkpointing: bool) -> float:
     """What one forward pass of one rank keeps for its backward pass, logits included."""
-    sequences, length = _models(config) * config.training.sequences_per_pass, _longest(config)
+    sequences, length = _models(config) * sequences_per_pass(config), _longest(config)
     layers = size.num_decoder_layers
     everything = activation_bytes(config, size)
     if checkpointing:

@@ -208,12 +208,17 @@ def steps_of(config: Config, slug: str, work: RunWork, data: ClientData) -> list
     return [stage.steps_of(client, examples) for client in range(clients)]
 
 
+def sequences_per_pass(config: Config) -> int:
+    """Sequences of a training pass on one rank; under DP-SGD each example has a pass of its own."""
+    return 1 if config.privacy.dp_sgd else config.training.sequences_per_pass
+
+
 def training_passes(config: Config, data: ClientData, steps: float) -> Passes:
     """Local training of one client in one round."""
     training = config.training
     sequences = steps * training.batch_size / training.ranks
     return Passes(
-        number=sequences / training.sequences_per_pass,
+        number=sequences / sequences_per_pass(config),
         tokens=sequences * data.tokens,
         logits=sequences * data.answer_tokens,
         products=6 if config.backbone.gradient_checkpointing else 4,

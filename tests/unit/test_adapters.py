@@ -1,6 +1,5 @@
 """A client's state goes into the backbone and comes out again; embeddings are true means."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -10,23 +9,17 @@ from tiny import make_store, tiny_llama
 from transformers import LlamaForCausalLM
 
 from fedamole.adapters import extract_state, insert_adapters, load_state, remove_adapters
-from fedamole.distributed import process_group
 from fedamole.embeddings import embed_client
 from fedamole.hmole_peft import hmole_layers, set_expert_weights
-from fedamole.launching import Layout
 from fedamole.pools import ClientGroup, ClientState
 from fedamole.routing import Router
 from fedamole.settings import AdapterSettings, TrainingSettings
 from fedamole.training import ScoredModel, engine_for, trained_tensors
 
+pytestmark = pytest.mark.usefixtures("group")
+
 SETTINGS = AdapterSettings(rank=3, alpha=6, top_k=2, target_modules=["q_proj", "v_proj"])
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with process_group(Layout()):
-        yield
 
 
 @pytest.fixture

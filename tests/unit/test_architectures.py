@@ -1,6 +1,5 @@
 """All families of models train, test, generate and are stored as the tiny Llama of other tests."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,9 @@ from fedamole.artifacts import Header
 from fedamole.backbone import load_backbone, load_tokenizer
 from fedamole.backbone_limits import check_length, check_loading
 from fedamole.batches import collate
-from fedamole.distributed import process_group
 from fedamole.errors import FedamoleError
 from fedamole.evaluation import generate
 from fedamole.hmole_peft import HMoLEConfig, hmole_layers
-from fedamole.launching import Layout
 from fedamole.pool_files import (
     read_client_state,
     read_upload,
@@ -42,6 +39,8 @@ from fedamole.settings import AdapterSettings, EvaluationSettings, TrainingSetti
 from fedamole.targets import target_modules
 from fedamole.training import LocalTraining, ScoredModel, engine_for, train, trained_tensors
 
+pytestmark = pytest.mark.usefixtures("group")
+
 TARGETS = {family: ["q_proj", "v_proj"] for family in CONFIGS} | {"falcon": ["query_key_value"]}
 ADAPTER = AdapterSettings(rank=4, alpha=8, top_k=2)
 CPU = torch.device("cpu")
@@ -59,12 +58,6 @@ class Tiny:
     def load(self, **changes: Any) -> PreTrainedModel:
         settings = settings_of(self.family, self.folder / "model", **changes)
         return load_backbone(self.folder / "prepared", settings)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with process_group(Layout()):
-        yield
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))

@@ -1,7 +1,6 @@
 """DP-SGD: each example's part is bounded, the noise has its law, and nothing depends on ranks."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from tiny import make_store, tiny_llama
 from torch import nn
 
 from fedamole.batches import Batch, collate
-from fedamole.distributed import process_group
 from fedamole.dp_sgd import (
     GivenGradients,
     clipped,
@@ -24,21 +22,16 @@ from fedamole.dp_sgd import (
 )
 from fedamole.errors import ClientError
 from fedamole.hmole_peft import HMoLEConfig, routed_tokens
-from fedamole.launching import Layout
 from fedamole.settings import DpSgdSettings, TrainingSettings
 from fedamole.training import LocalTraining, ScoredModel, TrainingRecord, engine_for
+
+pytestmark = pytest.mark.usefixtures("group")
 
 CPU = torch.device("cpu")
 NUM_EXAMPLES = 7
 PLACE = LocalTraining(seed=3, round=2, client=5)
 # Seeds are fixed, so a test that passes once always does.
 ACCEPT = 1e-6
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with process_group(Layout()):
-        yield
 
 
 def example(index: int) -> Batch:

@@ -31,7 +31,13 @@ from fedamole.cli import main
 from fedamole.cli.study import read_benchmarks
 from fedamole.config import Config, load_config, read_yaml
 from fedamole.hmole_peft import HMoLEConfig
-from fedamole.planning.memory import ZeRO, activation_bytes, gpu_memory, job_memory_mb
+from fedamole.planning.memory import (
+    ZeRO,
+    activation_bytes,
+    gpu_memory,
+    job_memory_mb,
+    training_bytes,
+)
 from fedamole.planning.model_size import ModelSize, model_size, of_dimensions
 from fedamole.planning.times import Clock, assumed_machine, job_minutes
 from fedamole.planning.workload import (
@@ -43,6 +49,7 @@ from fedamole.planning.workload import (
     largest_jobs,
     shards,
     steps_of,
+    training_passes,
     works_of,
 )
 from fedamole.settings import BackboneSettings, BackboneSize, ParticipationSettings
@@ -455,6 +462,20 @@ def test_two_models_side_by_side_cost_twice_the_operations(configs: Path) -> Non
     config = study(configs, methods=["fml", "local"])
     (_, mutual), (_, alone) = (run_time(config, work) for work in works_of(config))
     assert mutual == pytest.approx(2 * alone)
+
+
+def test_under_dp_sgd_every_example_has_a_pass_of_its_own(configs: Path) -> None:
+    training = {"steps": 5, "batch_size": 4}
+    dp_sgd = {"noise_multiplier": 1.0, "max_grad_norm": 1.0}
+    plain, private = (
+        study(configs, training=training, privacy=privacy) for privacy in ({}, {"dp_sgd": dp_sgd})
+    )
+    data, size = assumed_data(plain.scenarios[0]), size_of(plain)
+    passes = [training_passes(config, data, 5) for config in (plain, private)]
+    assert [part.number for part in passes] == [5, 20]
+    assert passes[0].flops(size) == passes[1].flops(size)
+    kept = [training_bytes(config, size, checkpointing=False) for config in (plain, private)]
+    assert kept[0] == 4 * kept[1]
 
 
 def test_memory_grows_with_what_stands_beside_or_before_a_sequence(configs: Path) -> None:

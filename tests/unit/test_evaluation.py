@@ -1,6 +1,5 @@
 """Scores of a model against the slow and obvious way of computing them."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +12,14 @@ from transformers import GenerationConfig, LlamaForCausalLM
 from fedamole.backbone import load_backbone
 from fedamole.batches import collate
 from fedamole.datasets.tokens import TokenStore
-from fedamole.distributed import collect, process_group, share_of_rank
+from fedamole.distributed import collect, share_of_rank
 from fedamole.evaluation import accuracy, evaluation_loss, generate, rouge_l
-from fedamole.launching import Layout
 from fedamole.settings import BackboneSettings, EvaluationSettings
 from fedamole.training import ScoredModel
 
+pytestmark = pytest.mark.usefixtures("group")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with process_group(Layout()):
-        yield
 
 
 @pytest.fixture(scope="module")

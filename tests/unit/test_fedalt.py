@@ -2,7 +2,6 @@
 
 # M = modules, K = clients, D = in_features
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,24 +16,18 @@ from transformers import PreTrainedModel
 from fedamole.backbone import load_backbone
 from fedamole.batches import collate
 from fedamole.client import evaluate_client, locally_trained
-from fedamole.distributed import process_group
 from fedamole.errors import FedamoleError
 from fedamole.evaluation import evaluation_loss
-from fedamole.launching import Layout
 from fedamole.methods.building_blocks import Tensors, two_experts, with_two_experts
 from fedamole.methods.fedalt import RUNS, aggregate, assign, form
 from fedamole.pools import ClientGroup, ClientState, Pool, Upload, held_rows
 from fedamole.stages import RunStage
 from fedamole.training import ScoredModel
 
+pytestmark = pytest.mark.usefixtures("group")
+
 CPU = torch.device("cpu")
 LORA = ("lora_A", "lora_B")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with process_group(Layout()):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 # M = modules, E = experts, K = clients, D = in_features
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +13,14 @@ from torch import Tensor, nn
 from fedamole.assignment import assign_all, score_experts
 from fedamole.backbone import load_backbone
 from fedamole.client import ClientSession
-from fedamole.distributed import process_group
 from fedamole.evaluation import evaluation_loss
-from fedamole.launching import Layout
 from fedamole.methods import load
 from fedamole.pools import ClientGroup, group_slices
 from fedamole.training import ScoredModel
 
+pytestmark = pytest.mark.usefixtures("group")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with process_group(Layout()):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import dataclasses
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,7 @@ from fedamole.artifacts import Header, write_record
 from fedamole.backbone import describe, load_backbone
 from fedamole.batches import stream_of_examples
 from fedamole.client import ClientResult, ClientSession
-from fedamole.distributed import process_group
 from fedamole.fusion import find_weights, fused
-from fedamole.launching import Layout
 from fedamole.methods import load
 from fedamole.methods.building_blocks import Tensors, shared_of, with_shared
 from fedamole.methods.fdlora import outer_step
@@ -31,18 +28,14 @@ from fedamole.pool_files import read_pool, write_kept, write_pool, write_upload
 from fedamole.pools import ClientGroup, ClientState, KeptState, PoolGroup
 from fedamole.settings import FdloraSettings
 
+pytestmark = pytest.mark.usefixtures("group")
+
 # With these, trained adapters are better than none, so that the weights of a fusion are not 0.
 LEARNING = {
     "training": {"steps": 6, "batch_size": 2, "learning_rate": 2e-2},
     "fdlora": {"fusion_penalty": 0.0},
 }
 ZERO_3 = {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with process_group(Layout()):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """FML and FedAPEN against two separate PEFT models, full logits and plain loops."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fedamole.backbone import load_backbone
 from fedamole.batches import Batch, collate
-from fedamole.distributed import process_group
 from fedamole.evaluation import evaluation_loss, generate
 from fedamole.hmole_peft import hmole_layers
-from fedamole.launching import Layout
 from fedamole.methods.building_blocks import two_experts, with_two_experts
 from fedamole.mutual import Ensemble, MutualModel, fit_weight
 from fedamole.pools import ClientGroup, ClientState
 from fedamole.settings import AdapterSettings, EvaluationSettings, FedapenSettings
 
+pytestmark = pytest.mark.usefixtures("group")
+
 ADAPTER = AdapterSettings(rank=3, alpha=6, dropout=0.0)
 TARGETS = {key: ["q_proj", "v_proj"] for key in CONFIGS} | {"falcon": ["query_key_value"]}
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with process_group(Layout()):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ bitsandbytes computes them on a CPU too; where there is a GPU, all tests run the
 """
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,14 @@ from fedamole.backbone import load_backbone
 from fedamole.backbone_limits import check_loading
 from fedamole.batches import collate
 from fedamole.config import load_config, read_yaml
-from fedamole.distributed import process_group
 from fedamole.errors import FedamoleError
 from fedamole.hmole_peft import HMoLEConfig, hmole_layers
-from fedamole.launching import Layout
 from fedamole.planning.memory import weight_bytes
 from fedamole.planning.model_size import model_size
 from fedamole.settings import BackboneLoading, TrainingSettings
 from fedamole.training import LocalTraining, ScoredModel, engine_for, train
+
+pytestmark = pytest.mark.usefixtures("group")
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -44,12 +43,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # A GPU multiplies in another order, and not with all bits.
 CLOSE = {"rtol": 1e-2, "atol": 1e-2} if DEVICE.type == "cuda" else {"rtol": 1e-5, "atol": 1e-6}
 BATCH = collate([np.arange(3, 12), np.arange(40, 54)], [3, 4], 0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with process_group(Layout()):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Soft prompts: what they compute, what is trained, where they start, and a federated round."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,8 @@ from fedamole.backbone import load_backbone, load_tokenizer
 from fedamole.batches import Batch, collate
 from fedamole.client import ClientReport
 from fedamole.config import load_config, read_yaml
-from fedamole.distributed import process_group
 from fedamole.errors import FedamoleError
 from fedamole.evaluation import generate
-from fedamole.launching import Layout
 from fedamole.methods import load
 from fedamole.pools import ClientGroup, ClientState, Pool
 from fedamole.settings import AdapterSettings, EvaluationSettings, TrainingSettings
@@ -35,7 +33,10 @@ from fedamole.targets import BackboneFacts
 from fedamole.token_embeddings import embedding_width, embeddings_of
 from fedamole.training import LocalTraining, ScoredModel, engine_for, train, trained_tensors
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.distributed.*` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("group"),
+    pytest.mark.filterwarnings("ignore:`torch.distributed.*` is deprecated:FutureWarning"),
+]
 
 CHECKOUT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -70,12 +71,6 @@ class Tiny:
     def first_pool(self, run: str, **prompt: Any) -> Pool:
         facts = BackboneFacts([], self.prepared)
         return load(run).init_pool(self.run(run, **prompt), facts)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with process_group(Layout()):
-        yield
 
 
 @pytest.fixture(scope="module")

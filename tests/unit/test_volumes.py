@@ -1,7 +1,6 @@
 """Bytes of uploads, pools and kept states against the real files of every run, on a tiny model."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ from federation import CHECKOUT, Federation, Round
 from fedamole.artifacts import Header, write_record
 from fedamole.backbone import describe
 from fedamole.config import Config, load_config
-from fedamole.distributed import process_group
-from fedamole.launching import Layout
 from fedamole.planning.contents import virtual_tokens
 from fedamole.planning.model_size import model_size
 from fedamole.planning.volumes import Volumes, volumes_of
@@ -21,6 +18,8 @@ from fedamole.planning.workload import works_of
 from fedamole.pool_files import write_assignment, write_pool
 from fedamole.pools import ClientState, Pool
 from fedamole.registry import METHODS, RUNS
+
+pytestmark = pytest.mark.usefixtures("group")
 
 TRAINED = [run for run in RUNS if RUNS[run].trains]
 ROUNDS = 2
@@ -30,12 +29,6 @@ SECTIONS: dict[str, Any] = {
     "training": {"steps": 1, "batch_size": 1},
     "prompt": {"encoder_width": 48},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    with process_group(Layout()):
-        yield
 
 
 @pytest.fixture(scope="module")
