@@ -65,8 +65,9 @@ bench-cluster: install ## what SLURM costs, on the cluster of test-cluster
 	@$(CLUSTER) install
 	@trap '$(CLUSTER) stop' EXIT; $(CLUSTER) start && python benchmarks/cluster.py
 
-bench: install ## ratios against PEFT LoRA and the frozen backbone
+bench: install ## the layer against PEFT LoRA and the frozen backbone; the assignment strategies
 	@python benchmarks/layer.py
+	@python benchmarks/assignment.py
 
 schema: install ## write the schema and the reference of the config
 	@fedamole schema > workflow/schemas/config.schema.json
