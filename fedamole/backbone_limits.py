@@ -11,7 +11,13 @@ from fedamole.errors import FedamoleError
 from fedamole.settings import BackboneLoading
 
 
-def check_length(name: str, positions: int | None, max_length: int, new_tokens: int = 0) -> None:
+def check_length(
+    name: str,
+    positions: int | None,
+    max_length: int,
+    new_tokens: int = 0,
+    virtual_tokens: int = 0,
+) -> None:
     """Refuse sequences that a model has no positions for.
 
     A model with learned positions (OPT) would end with an index error in the middle of a run;
@@ -27,20 +33,26 @@ def check_length(name: str, positions: int | None, max_length: int, new_tokens: 
         Longest sequence of a scenario, in tokens.
     new_tokens
         Tokens that an answer may add to it; 0 where none is generated.
+    virtual_tokens
+        Tokens of a soft prompt in front of it; 0 without one.
 
     Raises
     ------
     FedamoleError
         If the sequences can be longer than the model takes.
     """
-    if positions is None or max_length + new_tokens <= positions:
+    needed = max_length + new_tokens + virtual_tokens
+    if positions is None or needed <= positions:
         return
-    asked = f"max_length {max_length}"
+    asked, lower = f"max_length {max_length}", "max_length"
+    if virtual_tokens:
+        asked += f" and a soft prompt of {virtual_tokens} tokens"
+        lower += ", the length of the prompt"
     if new_tokens:
         asked += f" and answers of {new_tokens} tokens"
     raise FedamoleError(
-        f"backbone {name}: has positions for {positions} tokens, and {asked} need "
-        f"{max_length + new_tokens}; lower max_length or evaluation: max_new_tokens"
+        f"backbone {name}: has positions for {positions} tokens, and {asked} need {needed}; "
+        f"lower {lower} or evaluation: max_new_tokens"
     )
 
 

@@ -257,16 +257,6 @@ def locally_trained(
                 record = train(engine, steps, num_steps, place, settings, session.device)
             trained = form.extract(trained_tensors(engine, settings.zero_stage), state)
             _check_tensors(trained, round_, client)
-            logger.info(
-                "%s: %d steps, %.2f steps/s, loss %s -> %s",
-                name,
-                record.steps,
-                record.steps / record.seconds,
-                *(
-                    "none" if loss is None else f"{loss:.3f}"
-                    for loss in (record.loss_first, record.loss_last)
-                ),
-            )
             yield Trained(client, round_, scored.eval(), trained, record, len(rows))
 
 
@@ -284,7 +274,7 @@ def report_of(session: ClientSession, trained: Trained) -> ClientReport:
     if not np.isfinite(report.eval_loss):
         raise _diverged(trained.round, trained.client, f"eval loss {report.eval_loss}")
     name = _name(session, trained.round, trained.client)
-    logger.info("%s: %s", name, _tested(session, report))
+    logger.info("%s: %s; %s", name, _trained(trained.record), _tested(session, report))
     return report
 
 
@@ -349,6 +339,14 @@ def evaluate_client(
 def _name(session: ClientSession, round_: int, client: int) -> str:
     """What a log line is about."""
     return f"{session.settings.run.label} round {round_} client {client}"
+
+
+def _trained(record: TrainingRecord) -> str:
+    """How a training went, for the log."""
+    losses = (record.loss_first, record.loss_last)
+    first, last = ("none" if loss is None else f"{loss:.3f}" for loss in losses)
+    speed = record.steps / record.seconds
+    return f"{record.steps} steps, {speed:.2f} steps/s, loss {first} -> {last}"
 
 
 def _tested(session: ClientSession, report: ClientReport) -> str:

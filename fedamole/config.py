@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedamole.backbone_limits import check_length
-from fedamole.errors import FedamoleError
+from fedamole.errors import FedamoleError, did_you_mean
 from fedamole.mistakes import explain
 from fedamole.participation import Participation
 from fedamole.registry import lookup
@@ -104,9 +104,12 @@ class Config(Section):
                 drawn = Participation(self.participation, scenario.clients, self.seeds[0]).size
                 failing = self.assignment.infeasibility(drawn, self.adapter.top_k)
                 if failing:
+                    few = drawn < scenario.clients
                     raise ValueError(
                         f"no assignment exists for scenario {scenario.slug}: "
                         f"{failing} does not hold"
+                        + f"; of {scenario.clients} clients {drawn} are drawn for a round"
+                        * few
                     )
         return self
 
@@ -114,11 +117,19 @@ class Config(Section):
     def _sequences_fit_the_backbone(self) -> "Config":
         size = self.backbone.size
         positions = size.max_position_embeddings if size else None
+        # A prompt of fedprompt has as many tokens as its text, which the tokenizer will tell.
+        virtual_tokens = self.prompt.virtual_tokens if "fedptuning" in self.runs() else 0
         for scenario in self.scenarios:
             generated = scenario.dataset.task == "generation"
             new_tokens = self.evaluation.max_new_tokens if generated else 0
             try:
-                check_length(self.backbone.name, positions, scenario.max_length, new_tokens)
+                check_length(
+                    self.backbone.name,
+                    positions,
+                    scenario.max_length,
+                    new_tokens,
+                    virtual_tokens,
+                )
             except FedamoleError as error:
                 raise ValueError(str(error)) from error
         return self
@@ -311,10 +322,14 @@ def _named(value: Any, folder: Path, what: str, origin: str) -> Any:
     is_path = "/" in value or value.endswith((".yaml", ".yml", ".json"))
     files = {path.stem: path for path in sorted(folder.glob("*.*"))}
     path = Path(value) if is_path else files.get(value)
-    if path is None or not path.is_file():
+    if path is None:
         raise FedamoleError(
-            f"{origin}: {what} {value!r} is unknown; allowed: {', '.join(files)}, "
-            "the path of a file, or the section itself"
+            f"{origin}: {what} {value!r} is unknown; {did_you_mean(value, files)}"
+            f"allowed: {', '.join(files)}, the path of a file, or the section itself"
+        )
+    if not path.is_file():
+        raise FedamoleError(
+            f"{origin}: {what} {value!r}: there is no such file, seen from {Path.cwd()}"
         )
     return _plain(read_yaml(path))
 

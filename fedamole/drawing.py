@@ -8,9 +8,12 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 
 from fedamole.figure_data import COMMON, Rows
@@ -47,7 +50,10 @@ def draw_rounds(rows: Rows) -> Figure:
     columns = min(len(scenarios), 3)
     bands = -(-len(scenarios) // columns)
     width = COLUMN_INCHES if columns == 1 else 2.3 * columns
-    figure = Figure(figsize=(width, 0.7 + 3.3 * bands), layout="constrained")
+    legend_columns = _legend_columns(methods, width)
+    legend_lines = -(-len(methods) // legend_columns)
+    height = 0.7 + 3.3 * bands + 0.13 * max(0, legend_lines - 2)
+    figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(2 * bands, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_visible(False)
@@ -61,9 +67,21 @@ def draw_rounds(rows: Rows) -> Figure:
         lower.set_ylabel("eval loss (nats/token)")
         _label_rounds(lower, own)
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(methods)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=legend_columns)
     figure.suptitle("Metric per round, mean over clients")
     return figure
+
+
+def _legend_columns(labels: Sequence[str], inches: float) -> int:
+    """Most columns, four at most, in which a legend is no wider than its figure."""
+    size = FontProperties(size=rcParams["legend.fontsize"]).get_size_in_points()
+    beside = 5.0 * size / 72  # Line, gaps and the space to the next column, as matplotlib has them.
+    widths = [TextPath((0, 0), label, size=size).get_extents().width / 72 for label in labels]
+    for columns in range(min(4, len(labels)), 1, -1):
+        taken = sum(max(part) + beside for part in np.array_split(widths, columns))
+        if taken <= inches:
+            return columns
+    return 1
 
 
 def _draw_rounds_panel(axes: Axes, rows: Rows, what: str, scale: float) -> None:
@@ -178,7 +196,10 @@ def draw_experts(rows: Rows) -> Figure:
     # Square points that fit between the neighbours, beside and above.
     largest = min(200, (150 / len(clients)) ** 2, (130 / (most + 1)) ** 2)
     for client, numbers in zip(clients, held, strict=True):
-        _draw_distribution(axes, client, numbers, area=largest / mode)
+        if any(numbers):
+            _draw_distribution(axes, client, numbers, area=largest / mode)
+        elif len(clients) <= MOST_COLUMNS_WITH_NUMBERS:
+            axes.text(client, 0.15, "not drawn", rotation=90, size=5.5, ha="center", va="bottom")
     _draw_bounds(axes, rows[0])
     axes.set(xlabel="client", ylabel="domain experts held, per module")
     axes.set_xticks(_some_ticks(len(clients)))

@@ -1,5 +1,8 @@
 """Exceptions for everything a user can fix."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class FedamoleError(Exception):
     """A mistake the user can correct: bad config, data, file or resources.
@@ -12,3 +15,10 @@ class FedamoleError(Exception):
 
 class ClientError(FedamoleError):
     """Why one client cannot be trained, found by all its ranks alike: the job can do the others."""
+
+
+def did_you_mean(name: object, allowed: Iterable[str]) -> str:
+    """Say ``did you mean NAME? `` of the nearest name that is allowed; nothing if none is near."""
+    names = {each.lower(): each for each in allowed}
+    close = difflib.get_close_matches(str(name).lower(), names, n=1)
+    return f"did you mean {names[close[0]]}? " if close else ""

@@ -1,10 +1,10 @@
 """What pydantic found wrong, as a person would say it: setting, value, what is allowed."""
 
-import difflib
 from collections.abc import Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
+from fedamole.errors import did_you_mean
 from fedamole.settings import Section
 
 
@@ -56,11 +56,15 @@ def _explain_error(section: type[Section], error: Any) -> str:
     value = error["input"]
     if error["type"] == "extra_forbidden":
         names = _fields_at(section, error["loc"][:-1])
-        close = difflib.get_close_matches(str(error["loc"][-1]), names, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
+        hint = did_you_mean(error["loc"][-1], names)
         return f"{where}is not a setting (value {value!r}); {hint}allowed: {', '.join(names)}"
     if error["type"] == "missing":
         return f"{where}is missing"
+    if error["type"] == "model_type":
+        names = _fields_at(section, error["loc"])
+        return f"{where}{value!r} is not allowed; a section is needed, with {', '.join(names)}"
+    if error["type"] == "list_type":
+        return f"{where}{value!r} is not allowed; a list is needed, such as [{value!r}]"
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":
         return where + message

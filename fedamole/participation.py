@@ -35,7 +35,8 @@ class Participation:
     @property
     def size(self) -> int:
         """Clients that are drawn for each round."""
-        return 1 if self.pooled else math.ceil(self.settings.fraction * self.clients - 1e-9)
+        share = math.ceil(self.settings.fraction * self.clients - 1e-9)
+        return 1 if self.pooled else max(1, share)
 
     @property
     def fewest(self) -> int:

@@ -49,7 +49,10 @@ class ClientProgress:
     error
         Why it failed, in one line.
     attempt
-        How often it was begun since it was last done, from 1.
+        How often it was begun since it was last done; an attempt that was interrupted from outside
+        does not count.
+    digest
+        Of the settings it was begun with: attempts with others do not count either.
     """
 
     work: Work
@@ -62,6 +65,7 @@ class ClientProgress:
     job: int | None = None
     error: str | None = None
     attempt: int = 1
+    digest: str = ""
 
 
 class RoundProgress:
@@ -73,11 +77,14 @@ class RoundProgress:
         Folder of the round; made when something is written.
     work
         What the job does with its clients.
+    digest
+        Of the settings of the job.
     """
 
-    def __init__(self, folder: Path, work: Work) -> None:
+    def __init__(self, folder: Path, work: Work, digest: str = "") -> None:
         self.folder = folder
         self.work = work
+        self.digest = digest
 
     def kept(self, output: Path) -> Path:
         """Where the file of a finished client waits for the others of its job."""
@@ -95,13 +102,16 @@ class RoundProgress:
             process=os.getpid(),
             job=int(job) if job.isdigit() else None,
             attempt=self.attempts(client) + 1,
+            digest=self.digest,
         )
         return self._write(now)
 
     def attempts(self, client: int) -> int:
         """How often a client was begun without an end that counts."""
         before = self._read(client)
-        return before.attempt if before and before.state in ("running", "failed") else 0
+        if before is None or before.digest != self.digest:
+            return 0
+        return before.attempt if before.state in ("running", "failed") else 0
 
     def drop(self, client: int) -> str:
         """Say that a round goes on without a client; give the reason of its last failure."""
@@ -111,14 +121,17 @@ class RoundProgress:
         self._write(replace(before, state="dropped", error=reason))
         return reason
 
-    def end(self, began: ClientProgress, error: str | None = None) -> ClientProgress:
-        """Say that a client is done, or why it failed."""
+    def end(
+        self, began: ClientProgress, error: str | None = None, interrupted: bool = False
+    ) -> ClientProgress:
+        """Say that a client is done, or why it failed; interrupted from outside, it had no try."""
         return self._write(
             replace(
                 began,
                 state="failed" if error else "done",
                 seconds=round(time.time() - began.started, 1),
                 error=error,
+                attempt=began.attempt - interrupted,
             )
         )
 

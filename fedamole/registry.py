@@ -7,7 +7,7 @@ run and a row here.
 from dataclasses import dataclass
 from typing import Literal
 
-from fedamole.errors import FedamoleError
+from fedamole.errors import FedamoleError, did_you_mean
 
 Evaluated = Literal["local", "aggregated"]
 # Sections of the config that only some runs depend on; all others keep their defaults there.
@@ -132,5 +132,8 @@ def lookup(method: str) -> Row:
         If no method has that name; the message lists those that exist.
     """
     if method not in METHODS:
-        raise FedamoleError(f"method {method!r} is unknown; allowed: {', '.join(sorted(METHODS))}")
+        raise FedamoleError(
+            f"method {method!r} is unknown; {did_you_mean(method, METHODS)}"
+            f"allowed: {', '.join(sorted(METHODS))}"
+        )
     return METHODS[method]

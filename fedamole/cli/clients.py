@@ -77,6 +77,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
 
 # A client that fails so often drops out of its round, if the quorum allows it.
 MOST_ATTEMPTS = 2
+# What ends a job from outside: a scheduler, a person, or a process beside this one that died.
+INTERRUPTED = (SystemExit, KeyboardInterrupt)
 KINDS = {"train": ("upload", "metrics", "kept"), "test": ("metrics",)}
 
 
@@ -113,7 +115,7 @@ class _Job:
             for kind, path in zip(KINDS[self.work], self.outputs[client], strict=False):
                 stage = self.settings if kind == "metrics" else self.settings.run
                 self.headers[path.name] = Header(kind, digest(stage), parents)
-        self.progress = RoundProgress(self.args.progress, self.work)
+        self.progress = RoundProgress(self.args.progress, self.work, digest(self.settings))
         training = self.settings.run.training
         self.layout = Layout(
             self.args.at_once, training.ranks, self.args.nodes, training.cpu_threads
@@ -249,12 +251,16 @@ def _run(job: _Job, do: ForClient) -> None:
     missing = job.missing()
     if done := [client for client in job.outputs if client not in missing]:
         logger.info("clients %s were done by an earlier attempt", _listed(done))
-    died = None
-    for _ in range(MOST_ATTEMPTS if job.tolerant else 1):
+    missing, died = _without_lost(job, missing), None
+    while missing:
+        before = {client: job.progress.attempts(client) for client in missing}
+        missing, died = _attempt(job, missing, do)
+        failed = [client for client in missing if job.progress.attempts(client) > before[client]]
         missing = _without_lost(job, missing)
-        if missing:
-            missing, died = _attempt(job, missing, do)
-    if missing := _without_lost(job, missing):
+        # Where processes wait for each other, one client that fails interrupts others.
+        if not (job.tolerant and failed):
+            break
+    if missing:
         summary = _summary(job, missing)
         raise FedamoleError(f"{died}\n{summary}" if died else summary) from died
     job.progress.publish(job.outputs, job.is_current)
@@ -318,21 +324,21 @@ def _work(job: _Job, clients: list[int], do: ForClient) -> None:
         for client in clients[lane :: job.layout.lanes]:
             began = job.progress.start(client) if _is_first_rank() else None
             kept = [job.progress.kept(path) for path in job.outputs[client]]
+            error, interrupted = None, False
             try:
                 do(session, client, kept)
-                error = None
             except BaseException as failure:
-                error = _reason(failure)
+                error, interrupted = _reason(failure), isinstance(failure, INTERRUPTED)
                 if not _goes_on(failure, job.layout.ranks):
                     raise
             finally:
                 if began:
-                    job.progress.end(began, error)
+                    job.progress.end(began, error, interrupted)
 
 
 def _reason(failure: BaseException) -> str:
     """Why a client failed, in one line."""
-    if isinstance(failure, SystemExit | KeyboardInterrupt):
+    if isinstance(failure, INTERRUPTED):
         return "its job was ended"
     text = " ".join(str(failure).splitlines())
     return text if isinstance(failure, FedamoleError) else f"{type(failure).__name__}: {text}"

@@ -1,7 +1,6 @@
 """The command that shows a data set to people, before anything is trained on it."""
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 from fedamole.cli.data import read_tokenizer
 from fedamole.cli.study import default_config, read_config
 from fedamole.config import Config, load_named, parse, read_yaml
-from fedamole.errors import FedamoleError
+from fedamole.errors import FedamoleError, did_you_mean
 from fedamole.settings import (
     BackboneSettings,
     BackboneSource,
@@ -129,10 +128,9 @@ def _by_name(name: str) -> DatasetSettings:
 def _check_name(what: str, name: str, allowed: Sequence[str]) -> None:
     """Refuse a name that does not exist, with the nearest that does."""
     if name not in allowed:
-        close = difflib.get_close_matches(name, allowed, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
         raise FedamoleError(
-            f"{what} {name!r} is unknown; {hint}allowed: {', '.join(sorted(allowed))}, or a path"
+            f"{what} {name!r} is unknown; {did_you_mean(name, allowed)}"
+            f"allowed: {', '.join(sorted(allowed))}, or a path"
         )
 
 

@@ -52,6 +52,8 @@ def run_gather(args: argparse.Namespace) -> None:
     tests = [read_record(path, "metrics", stage_digest)[1] for path in args.metrics]
     clients = [record for record in tests if "dropped_out" not in record]
     dropouts = [record for record in tests if "dropped_out" in record]
+    if lookup(args.method).evaluated == "local":
+        _check_quorums(clients, dropouts, settings.run)
     partition = read_record(args.partition, "partition", digest(settings.run.tokens.scenario))[1]
     assignments = [read_assignment(path, digest(settings.run)) for path in args.assignments]
     parents = {
@@ -70,6 +72,19 @@ def run_gather(args: argparse.Namespace) -> None:
     ]
     with replacing(args.out) as scratch:
         scratch.write_text("".join(canonical(record) + "\n" for record in records))
+
+
+def _check_quorums(
+    clients: list[dict[str, Any]], dropouts: list[dict[str, Any]], settings: RunStage
+) -> None:
+    """Refuse a round from which too few clients have reported: the last one is not averaged."""
+    from fedamole.aggregation import check_quorum
+
+    reported: dict[int, set[int]] = {record["round"]: set() for record in dropouts}
+    for record in clients:
+        reported.setdefault(record["round"], set()).add(record["client"])
+    for round_ in sorted(reported):
+        check_quorum(reported[round_], settings.population, round_)
 
 
 def _digest_of_all(paths: list[Path]) -> str:

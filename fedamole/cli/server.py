@@ -61,9 +61,8 @@ def _dropped_out(path: Path, run_digest: str, label: str) -> bool:
 
     reason = read_dropout(path, run_digest)
     if reason is not None:
-        logger.warning(
-            "%s: %s dropped out: %s (delete %s to let it try again)", label, path.stem, reason, path
-        )
+        again = f"snakemake --forcerun {path} lets it try again"
+        logger.warning("%s: %s dropped out: %s (%s)", label, path.stem, reason, again)
     return reason is not None
 
 

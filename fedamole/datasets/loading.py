@@ -91,7 +91,9 @@ def load_corpus(settings: DatasetSettings) -> Corpus:
         dropped["other_class"] = 0
     found = list(_usable(settings, dropped))
     if not found:
-        raise FedamoleError(f"data set {settings.name}: no row is left (dropped: {dropped})")
+        counts = [f"{reason} {count}" for reason, count in dropped.items() if count]
+        why = f"dropped: {', '.join(counts)}" if counts else "its source has none"
+        raise FedamoleError(f"data set {settings.name}: no row is left ({why})")
     has_names = bool(settings.category or not settings.label)
     if has_names:
         classes = sorted({category for _, _, category, _ in found})

@@ -140,10 +140,8 @@ def _check_positions(
 ) -> None:
     """Refuse sequences that the model has no positions for when a prompt stands before them."""
     positions = read_record(folder / "backbone.json", "backbone")[1].get("positions")
-    if positions is not None:
-        name = f"{settings.backbone.name}, {virtual_tokens} of its positions taken by a soft prompt"
-        length = settings.scenario.max_length
-        check_length(name, positions - virtual_tokens, length, new_tokens)
+    length = settings.scenario.max_length
+    check_length(settings.backbone.name, positions, length, new_tokens, virtual_tokens)
 
 
 FEDPROMPT = Method(

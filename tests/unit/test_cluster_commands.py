@@ -264,6 +264,23 @@ def test_progress_says_where_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyP
         read_progress(tmp_path)
 
 
+def test_attempts_count_failures_under_the_same_settings_and_no_interruption(
+    tmp_path: Path,
+) -> None:
+    progress = RoundProgress(tmp_path, "train", "these settings")
+    assert progress.attempts(0) == 0
+    progress.end(progress.start(0), "no examples")
+    assert progress.attempts(0) == 1
+    progress.end(progress.start(0), "its job was ended", interrupted=True)
+    assert progress.attempts(0) == 1
+    # Killed: nobody says how it ended.
+    progress.start(0)
+    assert progress.attempts(0) == 2
+    assert RoundProgress(tmp_path, "train", "others").attempts(0) == 0
+    progress.end(progress.start(0))
+    assert progress.attempts(0) == 0
+
+
 def test_workers_get_their_own_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
     found = launching._environment(launching.Layout(lanes=4, cpu_threads=2), "here")

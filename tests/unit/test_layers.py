@@ -14,7 +14,7 @@ LAYERS = [
     | {"slurm", "slurm_site", "snakemake_profile", "launching", "backbone_limits"},
     {"artifacts", "pools", "hdf5", "pool_files", "records", "progress", "owner"},
     {"partition", "assignment", "aggregation", "targets", "results", "rendering", "tables"}
-    | {"privacy", "accounting", "privacy_tables"}
+    | {"privacy", "accounting", "privacy_tables", "fusion"}
     | {"transport", "assignment_strategies", "assignment_measures", "assignment_table"}
     | {"figure_data", "drawing", "figures", "config_reference"}
     | {"planning", "study_status", "head"},
@@ -28,7 +28,6 @@ LAYERS = [
         "evaluation",
         "client",
         "forms",
-        "fusion",
         "mutual",
         "soft_prompts",
         "token_embeddings",

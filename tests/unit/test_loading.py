@@ -251,7 +251,7 @@ BROKEN = {
     "p.tsv": ('topic\tx\n"a"b\tc', "p.tsv:2: is not valid TSV with CSV's quotes ("),
     "j.jsonl.gz": ("plain", "j.jsonl.gz: is not a whole gzip file"),
     "k.parquet": ("PAR1", "k.parquet: is not a whole Parquet file"),
-    "l.jsonl": ("", "data set mine: no row is left"),
+    "l.jsonl": ("", "data set mine: no row is left (its source has none)"),
     "m.jsonl": ('{"topic": ["x"]}', "m.jsonl:1: field 'topic' holds a list; a text or a number"),
 }  # fmt: skip
 

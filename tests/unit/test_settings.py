@@ -37,21 +37,34 @@ def change(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         (
             "methods",
             ["fedamol"],
-            "method 'fedamol' is unknown; allowed: centralised, fdlora, fedalt, fedamole",
+            "method 'fedamol' is unknown; did you mean fedamole? allowed: centralised, fdlora, ",
         ),
         ("methods", ["fedit", "fedit"], "method 'fedit' stands twice"),
         (
+            "methods",
+            "fedit",
+            "methods: 'fedit' is not allowed; a list is needed, such as ['fedit']",
+        ),
+        ("methods", ["FedAMoLE"], "method 'FedAMoLE' is unknown; did you mean fedamole? allowed: "),
+        (
+            "privacy.embeddings",
+            5,
+            "embeddings: 5 is not allowed; a section is needed, with eta, mech",
+        ),
+        ("backbone", "my/x.yaml", "backbone 'my/x.yaml': there is no such file, seen from /"),
+        ("participation.fraction", 0.2, "clients 1 does not hold; of 3 clients 1 are drawn for a"),
+        (
             "scenarios.0.dataset",
             "chaterbot",
-            "'chaterbot' is unknown; allowed: ag-news, ",
+            "'chaterbot' is unknown; did you mean chatterbot? allowed: ag-news, ",
         ),
         ("scenarios.0.partition", "dri0.5", "partition 'dri0.5' is unknown; allowed: iid, dir<"),
         ("scenarios.0.clients", 0, "clients: 0 is not allowed; input should be greater than or"),
-        ("backbone", "smollm3", "backbone 'smollm3' is unknown; allowed: "),
+        ("backbone", "smollm3", "backbone 'smollm3' is unknown; "),
         ("backbone.folder", "x", "needs exactly one of hub, folder, gguf, generate"),
         ("training.batch_size", 3, None),
         ("training.ranks", 4, "batch_size 2 must be a multiple of ranks 4"),
-        ("training.deepspeed", "zero9", "deepspeed 'zero9' is unknown; allowed: zero1, zero2"),
+        ("training.deepspeed", "zero9", "deepspeed 'zero9' is unknown; did you mean zero"),
         ("training.deepspeed", {"fp16": {}}, "deepspeed keys ['fp16'] are set by fedamole"),
         ("training.deepspeed", {"zero": {}}, "deepspeed key 'zero' is not allowed; allowed: act"),
         ("training.deepspeed", {"zero_optimization": {"stage": 7}}, "with a stage from 0 to 3"),
@@ -70,7 +83,7 @@ def change(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
             30,
             "num_experts * choices = 30 * 2 = 60 <= clients * max_experts = 3 * 6 = 18",
         ),
-        ("backbone", "llama-3", "backbone 'llama-3' is unknown; allowed: falcon-rw-1b, gemma-2-2b"),
+        ("backbone", "llama-3", "backbone 'llama-3' is unknown; did you mean llama-3.2-"),
         ("backbone", "*", "backbone '*' is unknown"),
         ("backbone.attention", "flash_attention_2", "flash_attention_2 needs dtype bfloat16"),
         ("results", "my{results}", "results: 'my{results}' is not allowed"),
@@ -164,6 +177,18 @@ def test_processes_of_a_job_must_lie_evenly(
         return
     with pytest.raises(FedamoleError, match=message):
         load_config(smoke, configs)
+
+
+def test_sequences_that_the_backbone_has_no_positions_for_are_refused(
+    smoke: dict[str, Any], configs: Path
+) -> None:
+    """The file of OPT says 2048; an answer has up to 8 tokens, a soft prompt 20."""
+    smoke["backbone"] = "opt-350m"
+    for method, longest in (("fedit", 2040), ("fedptuning", 2020)):
+        smoke["methods"] = [method]
+        load_config(change(smoke, "scenarios.0.max_length", longest), configs)
+        with pytest.raises(FedamoleError, match="has positions for 2048 tokens, and .* need 2049"):
+            load_config(change(smoke, "scenarios.0.max_length", longest + 1), configs)
 
 
 def test_one_name_for_two_data_sets_is_refused(smoke: dict[str, Any], configs: Path) -> None:

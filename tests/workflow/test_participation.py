@@ -90,10 +90,22 @@ def test_too_few_clients_end_the_study_until_one_is_mended(broken: Study) -> Non
     assert "Traceback" not in study.logs()
 
     upload = next(study.results.glob("runs/*/fedamole/round_001/client_002.h5"))
-    assert f"delete {upload.relative_to(study.folder)} to let it try again" in said
+    again = str(upload.relative_to(study.folder))
+    assert f"snakemake --forcerun {again} lets it try again" in said
     content = json.loads(whole.read_text())
     content["clients"][2]["train"] = content["clients"][2]["embedding"]
     whole.write_text(json.dumps(content))
-    upload.unlink()
-    study.run()
+    done = study.snakemake("--quiet", "rules", "--forcerun", again)
+    assert done.returncode == 0, done.stderr + study.logs()
     assert records(study, "fedamole", "dropout") == []
+
+
+def test_the_quorum_holds_in_the_last_round_too_which_is_not_averaged(broken: Study) -> None:
+    study = broken
+    study.config |= {"participation": {"quorum": 0.7}, "rounds": 1}
+    done = study.snakemake("--quiet", "rules")
+
+    said = done.stdout + done.stderr
+    assert done.returncode == 1
+    assert "round 1: no upload of clients [2]; 2 of 3 reported, the quorum is 3" in said
+    assert not [*study.results.glob("metrics/*/*.jsonl")]

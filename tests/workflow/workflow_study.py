@@ -35,10 +35,11 @@ class Study:
     config: dict[str, Any]
     # Variables for Snakemake and its jobs, such as those of the fixture `warm`.
     environment: dict[str, str] = field(default_factory=dict)
+    repository: Path = REPOSITORY
 
     @property
     def snakefile(self) -> Path:
-        return REPOSITORY / "Snakefile"
+        return self.repository / "Snakefile"
 
     @property
     def results(self) -> Path:
@@ -103,7 +104,7 @@ class Study:
     def copy(self, folder: Path, **changes: Any) -> "Study":
         """A copy with everything, times and Snakemake's records included."""
         shutil.copytree(self.folder, folder, symlinks=True)
-        return Study(folder, {**self.config, **changes}, self.environment)
+        return Study(folder, {**self.config, **changes}, self.environment, self.repository)
 
 
 def new_study(folder: Path, **changes: Any) -> Study:
