@@ -64,8 +64,9 @@ def _pool(path: Path) -> list[str]:
 
 def _provenance(modules: Sequence[str], made: "Provenance") -> list[str]:
     """Describe who trained a pool."""
-    examples = [(f"client {k}", f"{n} examples") for k, n in enumerate(made.num_examples_K)]
-    lines = ["", "Trained by", *table(examples)]
+    known = [(k, n) for k, n in enumerate(made.num_examples_K) if n]
+    examples = [(f"client {k}", f"{n} examples") for k, n in known]
+    lines = ["", "Trained by, in this round or before", *table(examples)]
     if not made.holders_MEK.shape[1]:
         return lines
     lines += ["", "Experts per client", *_loads(modules, made.holders_MEK, made.objective_M)]

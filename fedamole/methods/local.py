@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def aggregate(
     settings: RunStage, previous: Pool, assignment: Assignment, uploads: Iterable[Upload]
 ) -> Pool:
-    """Leave the pool as it is; it only says who took part in the round."""
+    """Leave the pool as it is; it only says which round it is, and who has ever trained."""
     groups = {name: replace(group, shared={}) for name, group in previous.groups.items()}
     round_made = average(settings, replace(previous, groups=groups), assignment, uploads)
     return replace(previous, provenance=round_made.provenance)

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import yaml
 
 from fedamole import head, launching, owner, slurm
-from fedamole.cli import main
+from fedamole.cli import clients, main
 from fedamole.errors import FedamoleError
 from fedamole.progress import RoundProgress, read_progress
 from fedamole.snakemake_profile import read_profile, unquoted
@@ -279,6 +281,39 @@ def test_attempts_count_failures_under_the_same_settings_and_no_interruption(
     assert RoundProgress(tmp_path, "train", "others").attempts(0) == 0
     progress.end(progress.start(0))
     assert progress.attempts(0) == 0
+
+
+def test_a_client_that_fails_drops_out_alone_where_it_interrupts_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several processes that wait for each other all end when one dies."""
+    progress, done, dropped = RoundProgress(tmp_path, "train"), set[int](), []
+
+    def start(job: Any, wanted: list[int], do: Any) -> None:
+        began = {client: progress.start(client) for client in wanted}
+        if 1 in wanted:
+            progress.end(began[0], "its job was ended", interrupted=True)
+            progress.end(began[1], "out of memory")
+            raise FedamoleError("4 of 4 processes died")
+        done.update(wanted)
+
+    def drop(job: Any, client: int) -> None:
+        dropped.append(progress.drop(client))
+        done.add(client)
+
+    monkeypatch.setattr(clients, "_start", start)
+    monkeypatch.setattr(clients, "_drop", drop)
+    job = SimpleNamespace(
+        progress=progress,
+        tolerant=True,
+        layout=launching.Layout(lanes=2, ranks=2),
+        outputs={0: [], 1: []},
+        missing=lambda: [client for client in (0, 1) if client not in done],
+        is_current=is_current,
+    )
+    clients._run(cast(Any, job), cast(Any, None))
+    assert dropped == ["out of memory"]
+    assert progress.attempts(0) == 1
 
 
 def test_workers_get_their_own_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
