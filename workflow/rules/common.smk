@@ -33,7 +33,9 @@ RUN = f"{RESULTS}/runs/{{scenario}}/{{run}}"
 ROUND = f"{RUN}/round_{{round}}"
 TRAINED = "(?!000)[0-9]+"
 PROGRESS = f"{RESULTS}/progress/{{scenario}}/{{run}}/round_{{round}}"
-TABLES = [f"{RESULTS}/tables/{name}" for name in table_names(stages.results_stage(CONFIG))]
+TABLES = [
+    f"{RESULTS}/tables/{name}" for name in table_names(stages.results_stage(CONFIG))
+]
 FIGURES = [
     f"{RESULTS}/figures/{name}" for name in figure_names(stages.results_stage(CONFIG))
 ]
