@@ -69,7 +69,7 @@ class Study:
             capture_output=True,
             text=True,
             env={**os.environ, **self.environment, **environment},
-            timeout=300,
+            timeout=1200,
         )
 
     def run(self) -> None:
