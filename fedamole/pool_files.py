@@ -215,6 +215,12 @@ def read_kept(path: Path, digest: str | None = None) -> KeptState:
         )
 
 
+def read_owner(path: Path, digest: str | None = None) -> int:
+    """Read which client keeps a state; its tensors are not touched. Errors as :func:`read_pool`."""
+    with opened(path, "kept", digest) as (_, facts):
+        return int(facts["client"])
+
+
 def read_header(path: Path) -> Header:
     """Read what a file says of itself; errors as :func:`read_pool`."""
     with opened(path, None, None) as (file, _):

@@ -89,6 +89,8 @@ def _set_up_logging() -> None:
     # The libraries below report every file they look for.
     for name in ("httpx", "httpcore", "huggingface_hub", "filelock", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It prints its warnings itself, such as every retry where there is no network.
+    logging.getLogger("huggingface_hub").propagate = False
 
 
 def _run_for_people(arguments: argparse.Namespace) -> None:

@@ -43,7 +43,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         nargs="*",
         default=[],
         metavar="FILE",
-        help="what clients kept when they last took part; none for those who never did",
+        help="what clients kept when they last took part, also clients of other jobs",
     )
     train.add_argument("--out-kept", type=Path, nargs="*", default=[], metavar="FILE")
     train.set_defaults(command=run_train_clients)
@@ -182,9 +182,9 @@ def run_train_clients(args: argparse.Namespace) -> None:
 
 def _kept_by_client(paths: list[Path], run_digest: str) -> dict[int, Path]:
     """Whose each file of kept state is."""
-    from fedamole.pool_files import read_kept
+    from fedamole.pool_files import read_owner
 
-    return {read_kept(path, run_digest).client: path for path in paths}
+    return {read_owner(path, run_digest): path for path in paths}
 
 
 def _read_kept(job: _Job, client: int) -> "KeptState | None":

@@ -152,3 +152,7 @@ def test_clients_that_come_back_later_go_on_from_what_they_kept(
                 returning += before is not None
                 assert ("kept" in json.loads(content)["header"]["parents"]) == (before is not None)
     assert returning >= 5
+
+    # Who trains beside whom changes no input of a client.
+    study.config["execution"] = {"clients_per_job": 1}
+    assert not study.planned()

@@ -232,19 +232,25 @@ def every_client(name):
     return of_job
 
 
-def kept_before(clients, keeps):
-    """Input function: what each client kept when it last took part; none for those who never did."""
+def kept_before(keeps):
+    """Input function: what the clients of this round kept when they last took part.
+
+    Those of all of them, whoever this job trains: another cut into jobs must not change its inputs,
+    or Snakemake would run it again.
+    """
 
     def of_job(wildcards):
-        who = population(wildcards.scenario, wildcards.run)
+        who, round_ = population(wildcards.scenario, wildcards.run), int(
+            wildcards.round
+        )
         found = []
-        for client in client_numbers(clients)(wildcards, None) if keeps else []:
-            round_ = who.last_before(client, int(wildcards.round))
-            if round_ is not None:
+        for client in who.reporting(round_) if keeps else []:
+            last = who.last_before(client, round_)
+            if last is not None:
                 folder = ROUND.format(
                     scenario=wildcards.scenario,
                     run=wildcards.run,
-                    round=f"{round_:03d}",
+                    round=f"{last:03d}",
                 )
                 found.append(f"{folder}/kept_{client:03d}.h5")
         return found

@@ -38,7 +38,7 @@ for shard in training_shards():
             tokens=rules.tokenize.output,
             pool=before("pool.h5"),
             assignment=before("assignment.h5"),
-            kept=kept_before(shard.clients, shard.keeps),
+            kept=kept_before(shard.keeps),
         output:
             uploads=[f"{ROUND}/client_{client}.h5" for client in shard.clients],
             metrics=[f"{ROUND}/metrics_{client}.json" for client in shard.clients],
