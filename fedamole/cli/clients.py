@@ -24,6 +24,7 @@ from fedamole.stages import ClientStage, digest
 
 if TYPE_CHECKING:
     from fedamole.client import ClientReport, ClientSession
+    from fedamole.datasets.tokens import TokenStore
     from fedamole.pools import Assignment, KeptState
 
 logger = logging.getLogger(__name__)
@@ -390,8 +391,23 @@ def _session(job: _Job) -> "Iterator[tuple[ClientSession, int]]":
     clients = settings.run.scenario.clients
     if beyond := [client for client in args.clients if not 0 <= client < clients]:
         raise FedamoleError(f"--clients {beyond[0]}: the scenario has clients 0 to {clients - 1}")
+    _check_delta(settings, store)
     with process_group(job.layout) as (seat, device):
         yield ClientSession(settings, args.backbone, store, device), seat.lane
+
+
+def _check_delta(settings: ClientStage, store: "TokenStore") -> None:
+    """Refuse a delta that is too large for a client of the scenario, before any client starts.
+
+    A mistake in the config is none of the client's: it must not drop out by it.
+    """
+    private = settings.run.privacy.dp_sgd
+    sizes = [len(rows.train) for rows in store.clients]
+    if private and private.delta * max(sizes) >= 1:
+        raise FedamoleError(
+            f"privacy: dp_sgd: delta {private.delta} must be below 1 / training examples of every "
+            f"client; client {sizes.index(max(sizes))} has {max(sizes)}"
+        )
 
 
 def _check_lengths(args: argparse.Namespace, *outputs: list[Path]) -> None:

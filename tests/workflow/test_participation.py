@@ -78,6 +78,17 @@ def test_a_round_goes_on_without_a_client_that_fails_and_says_so(broken: Study) 
     assert "client 2" not in (study.results / "tables/clients.md").read_text()
 
 
+def test_a_mistake_in_the_config_drops_no_client(broken: Study) -> None:
+    study = broken
+    private = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "delta": 0.01}
+    study.config |= {"participation": {"quorum": 0.5}, "privacy": {"dp_sgd": private}}
+    done = study.snakemake("--quiet", "rules")
+    assert done.returncode == 1
+    said = done.stdout + done.stderr
+    assert "delta 0.01 must be below 1 / training examples of every client; client " in said
+    assert "drops out" not in study.logs() and "Traceback" not in study.logs()
+
+
 def test_too_few_clients_end_the_study_until_one_is_mended(broken: Study) -> None:
     study = broken
     study.config["participation"] = {"quorum": 0.7}
