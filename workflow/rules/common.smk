@@ -266,7 +266,8 @@ def rounds_of(row):
 def metrics_of_row(wildcards):
     """Input function: the clients' metrics behind a row of the tables."""
     row = METHODS[wildcards.method]
-    name = "metrics" if row.evaluated == "local" else "aggregated"
+    averaged = row.evaluated == "aggregated"
+    name = "aggregated" if averaged else "metrics"
     who = population(wildcards.scenario, row.run)
     everyone = range(who.clients)
     return [
@@ -277,9 +278,7 @@ def metrics_of_row(wildcards):
             scenario=wildcards.scenario,
             run=row.run,
             round=f"{round_:03d}",
-            client=names(
-                who.reporting(round_) if row.evaluated == "local" else everyone
-            ),
+            client=names(everyone if averaged else who.reporting(round_)),
         )
     ]
 
