@@ -48,7 +48,7 @@ def epsilon(settings: DpSgdSettings, batch_size: int, num_examples: int, steps: 
     ClientError
         If delta is not below 1 / num_examples: publishing one example would then count as private.
     """
-    if settings.delta * num_examples >= 1:
+    if not settings.covers(num_examples):
         raise ClientError(
             f"privacy: dp_sgd: delta {settings.delta} must be below 1 / training examples = "
             f"1 / {num_examples}"

@@ -235,7 +235,6 @@ def locally_trained(
     private = run.privacy.dp_sgd
     # A delta that is too large for this client is refused before its training, not after it.
     epsilon_after(run, client, round_, len(rows))
-    steps = _micro_batches(session, client, round_, rows, num_steps)
     with session.personalised(state, form, sharded=settings.zero_stage == 3) as model:
         scored = form.scored(model, run.adapter.balance_weight)
         rate = learning_rate(settings, round_)
@@ -254,6 +253,7 @@ def locally_trained(
                     session.device,
                 )
             else:
+                steps = _micro_batches(session, client, round_, rows, num_steps)
                 record = train(engine, steps, num_steps, place, settings, session.device)
             trained = form.extract(trained_tensors(engine, settings.zero_stage), state)
             _check_tensors(trained, round_, client)

@@ -403,7 +403,7 @@ def _check_delta(settings: ClientStage, store: "TokenStore") -> None:
     """
     private = settings.run.privacy.dp_sgd
     sizes = [len(rows.train) for rows in store.clients]
-    if private and private.delta * max(sizes) >= 1:
+    if private and not private.covers(max(sizes)):
         raise FedamoleError(
             f"privacy: dp_sgd: delta {private.delta} must be below 1 / training examples of every "
             f"client; client {sizes.index(max(sizes))} has {max(sizes)}"

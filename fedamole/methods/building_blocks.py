@@ -150,7 +150,6 @@ def train_experts(
     round_: int,
     state: ClientState,
     kept: KeptState | None = None,
-    form: "Form | None" = None,
 ) -> "ClientResult":
     """Train experts, test, embed the embedding set with them; see :func:`train_adapters`."""
     from fedamole.client import (
@@ -160,11 +159,8 @@ def train_experts(
         report_of,
         upload_of,
     )
-    from fedamole.forms import MIXTURE
 
-    with locally_trained(
-        session, client, round_, state, form or MIXTURE, with_embedding_set=False
-    ) as trained:
+    with locally_trained(session, client, round_, state, with_embedding_set=False) as trained:
         report = report_of(session, trained)
         return ClientResult(upload_of(trained, embeddings_of(session, trained)), report)
 

@@ -35,6 +35,10 @@ class DpSgdSettings(Section):
     """How epsilon is computed: `rdp` by Renyi divergences, as in most papers; `prv` also by
     numerical composition, which is tighter. Both give upper bounds."""
 
+    def covers(self, num_examples: int) -> bool:
+        """Whether delta is small enough for a client: one example made public must not count."""
+        return self.delta * num_examples < 1
+
 
 class PrivacySettings(Section):
     """What hides a client's data in its uploads; nothing by default."""

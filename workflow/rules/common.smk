@@ -203,15 +203,18 @@ def shard_file(folder, rule_name, clients, suffix):
     return f"{RESULTS}/{folder}/{{scenario}}/{{run}}/round_{{round}}/{stem}.{suffix}"
 
 
+def in_round(wildcards, round_, name):
+    """A file of the same run in another round."""
+    return f"{ROUND}/{name}".format(
+        scenario=wildcards.scenario, run=wildcards.run, round=f"{round_:03d}"
+    )
+
+
 def before(name):
     """Input function: a file of the round before."""
 
     def of_job(wildcards):
-        return f"{ROUND}/{name}".format(
-            scenario=wildcards.scenario,
-            run=wildcards.run,
-            round=f"{int(wildcards.round) - 1:03d}",
-        )
+        return in_round(wildcards, int(wildcards.round) - 1, name)
 
     return of_job
 
@@ -240,20 +243,17 @@ def kept_before(keeps):
     """
 
     def of_job(wildcards):
-        who, round_ = population(wildcards.scenario, wildcards.run), int(
-            wildcards.round
-        )
-        found = []
-        for client in who.reporting(round_) if keeps else []:
-            last = who.last_before(client, round_)
-            if last is not None:
-                folder = ROUND.format(
-                    scenario=wildcards.scenario,
-                    run=wildcards.run,
-                    round=f"{last:03d}",
-                )
-                found.append(f"{folder}/kept_{client:03d}.h5")
-        return found
+        who = population(wildcards.scenario, wildcards.run)
+        round_ = int(wildcards.round)
+        last = {
+            client: who.last_before(client, round_)
+            for client in (who.reporting(round_) if keeps else [])
+        }
+        return [
+            in_round(wildcards, at, f"kept_{client:03d}.h5")
+            for client, at in last.items()
+            if at is not None
+        ]
 
     return of_job
 
