@@ -7,6 +7,7 @@ from typing import NamedTuple
 from fedamole import stages
 from fedamole.config import check_config_files, load_config
 from fedamole.errors import FedamoleError
+from fedamole.planning import workload
 from fedamole.registry import METHODS, RUNS
 from fedamole.results import figure_names, table_names
 from snakemake.exceptions import WorkflowError
@@ -97,10 +98,8 @@ def population(scenario, run):
 
 
 def cut(clients):
-    """Cut clients into jobs."""
-    size = CONFIG.execution.clients_per_job
-    step = len(clients) if size == "all" else size
-    return [tuple(clients[at : at + step]) for at in range(0, len(clients), step)]
+    """Cut clients into jobs, as `fedamole plan` counts them."""
+    return [tuple(part) for part in workload.shards(CONFIG, clients)]
 
 
 class Shard(NamedTuple):
