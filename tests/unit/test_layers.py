@@ -5,7 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[2] / "fedamole"
+TESTS = Path(__file__).parents[1]
+PACKAGE = TESTS.parent / "fedamole"
 
 # Lowest first; a module may import from its own layer and those before. See ARCHITECTURE.md.
 LAYERS = [
@@ -110,3 +111,9 @@ def test_what_the_snakefile_imports_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not HEAVY & set(done.stdout.split())
+
+
+def test_test_modules_have_names_of_their_own() -> None:
+    """Pytest collects `tests` without packages: two files of one name cannot be run together."""
+    names = [path.name for path in TESTS.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

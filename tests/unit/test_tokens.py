@@ -17,7 +17,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from fedamole import stages
-from fedamole.artifacts import Header, read_record, sha256
+from fedamole.artifacts import Header, read_record, sha256, write_record
 from fedamole.cli import data
 from fedamole.datasets.loading import Corpus, Example
 from fedamole.datasets.splits import Partition, make_partition, partition_record, read_partition
@@ -293,7 +293,7 @@ def study(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> stages.TokensSt
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
     tokenizer.save_pretrained(tmp_path / "backbone")
-    (tmp_path / "backbone" / "backbone.json").write_text("{}")
+    write_facts(tmp_path / "backbone")
     source = DATASET.source.model_copy(update={"files": [str(tmp_path / "rows.jsonl")]})
     dataset = DATASET.model_copy(update={"source": source})
     scenario = SCENARIO.model_copy(update={"dataset": dataset})
@@ -301,6 +301,12 @@ def study(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> stages.TokensSt
         scenario=stages.ScenarioStage(scenario=scenario, seed=42),
         backbone=stages.BackboneStage(backbone=BackboneSettings(name="b", folder="b")),
     )
+
+
+def write_facts(folder: Path, positions: int | None = 64) -> None:
+    """Say of a backbone what tokenizing has to know."""
+    facts = {"name": "b", "positions": positions}
+    write_record(folder / "backbone.json", Header("backbone", "0" * 64), facts)
 
 
 def run(*arguments: str | Path) -> None:
@@ -384,6 +390,14 @@ def test_folder_without_backbone_or_tokenizer_is_refused(
     home.mkdir(parents=True)
     with pytest.raises(FedamoleError, match="is not a prepared backbone"):
         run_tokenize(study, home.parent, tmp_path)
-    (home / "backbone.json").write_text("{}")
+    write_facts(home)
     with pytest.raises(FedamoleError, match="has no usable tokenizer"):
         run_tokenize(study, home.parent, tmp_path)
+
+
+def test_sequences_longer_than_the_positions_of_the_backbone_are_refused(
+    study: stages.TokensStage, tmp_path: Path
+) -> None:
+    write_facts(tmp_path / "backbone", positions=63)
+    with pytest.raises(FedamoleError, match="positions for 63 tokens"):
+        run_both(study, tmp_path, tmp_path)
