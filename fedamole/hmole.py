@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fedamole.errors import FedamoleError
-from fedamole.hmole_function import combine, project
+from fedamole.hmole_function import Dropout, combine, project
 from fedamole.routing import ROUTERS, Mixture, Router, RoutingContext
 
 
@@ -181,8 +181,9 @@ class HMoLELinear(nn.Module):
         if token_mask_BT is not None:
             num_sequences = token_mask_BT.shape[0]
         token_mask_T = None if token_mask_BT is None else token_mask_BT.flatten()
-        dropout = self.dropout if self.training else 0.0
-        seed = int(torch.randint(2**62, ()).item()) if dropout else 0
+        dropout = None
+        if self.dropout and self.training:
+            dropout = Dropout(self.dropout, (int(torch.randint(2**62, ()).item()),))
 
         through_TD, projected_TX, dropped_TL = project(
             x.reshape(-1, self.in_features),
@@ -190,10 +191,9 @@ class HMoLELinear(nn.Module):
             self.token_proj if self.gate is None else self.gate,
             self.mixture,
             dropout,
-            seed,
         )
         base = self.base_layer(through_TD.view_as(x))
-        y_TO, balance_loss_B, routed_tokens_N = combine(
+        y_TO, balance_loss_B, routed_tokens_NB = combine(
             base.reshape(-1, self.out_features),
             projected_TX,
             dropped_TL,
@@ -204,7 +204,7 @@ class HMoLELinear(nn.Module):
             self._given_weights(num_sequences),
         )
         if not _inside_backward():
-            self.balance_loss_B, self.routed_tokens_N = balance_loss_B, routed_tokens_N
+            self.balance_loss_B, self.routed_tokens_N = balance_loss_B, routed_tokens_NB.sum(1)
             if self._collecting:
                 self._collect(x.detach().reshape(-1, self.in_features), token_mask_T)
         return y_TO.view_as(base)

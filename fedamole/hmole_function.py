@@ -11,15 +11,23 @@ P stands for the weight of the router: a token projection (r, d_in), a gate (N, 
 Between them they keep x and activations of a few columns per token. Parameters are saved as the
 leaves they are, never as stacked copies: ZeRO-3 gathers a leaf again for the backward pass.
 Everything is computed in the dtype of the parameters, whatever the dtype of x or autocast says.
+
+Packed clients (:mod:`fedamole.packed_layer`) give every parameter one more axis in front, U: the
+tokens are then those of U units of equal length one after another, and each unit meets its own
+parameters. All that lies between the products works on single tokens and does not see the
+difference.
 """
 
-# Axes: B = sequences, T = tokens (of all sequences), D = d_in, O = d_out, R = rank,
+# Axes: U = units of packed clients; no such axis otherwise.
+#       B = sequences, T = tokens (of all sequences), D = d_in, O = d_out, R = rank,
 #       N = routed experts, M = experts held (N, and the shared one last), L = M * R,
 #       S = rows of the router's weight (R, N or 0), X = columns of h: L + S without dropout;
-#       with it N * R + S where the router reads A x, else S
+#       with it N * R + S where the router reads A x, else S.
+#       In `_columns`, `_add_rows` and `_weight_gradient`: C = columns, F = features (D or O)
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +35,47 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fedamole.routing import Mixture, Routing, route, route_backward
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Which elements of x the LoRA path does not see.
+
+    Attributes
+    ----------
+    probability
+        Of dropping an element, in (0, 1).
+    seeds
+        One for all tokens, or one per unit.
+    lengths
+        For units: tokens of each sequence that its own batch would have; its mask is drawn for
+        these alone, so that it does not depend on what it is packed with.
+    sequences
+        For units: sequences of each.
+    """
+
+    probability: float
+    seeds: tuple[int, ...]
+    lengths: tuple[int, ...] | None = None
+    sequences: int = 1
+
+    def elements(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """Return True where an element of tokens of this shape (T, D) is dropped."""
+        if self.lengths is None:
+            return dropped_elements(shape, self.probability, self.seeds[0], device)
+        units, width = len(self.seeds), shape[-1]
+        drop_UBTD = torch.zeros(
+            units,
+            self.sequences,
+            shape[0] // (units * self.sequences),
+            width,
+            dtype=torch.bool,
+            device=device,
+        )
+        for drop_BTD, seed, length in zip(drop_UBTD, self.seeds, self.lengths, strict=True):
+            own = torch.Size((self.sequences, length, width))
+            drop_BTD[:, :length] = dropped_elements(own, self.probability, seed, device)
+        return drop_UBTD.view(shape)
 
 
 def dropped_elements(shape: torch.Size, dropout: float, seed: int, device: torch.device) -> Tensor:
@@ -48,8 +97,7 @@ def project(
     lora_A: Tensor,
     router_weight: Tensor | None,
     mixture: Mixture,
-    dropout: float = 0.0,
-    seed: int = 0,
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Project the tokens on every A and on the weight of the router in one product.
 
@@ -58,15 +106,14 @@ def project(
     x_TD
         Tokens, any floating dtype.
     lora_A
-        Shape (M, R, D), the shared expert last.
+        Shape (M, R, D) or (U, M, R, D), the shared expert last.
     router_weight
-        P, shape (R, D), or the gate, shape (N, D); None for a router without parameters.
+        P, shape (R, D), or the gate, shape (N, D), or the same per unit; None for a router without
+        parameters.
     mixture
         Sizes of the layer.
     dropout
-        Probability of dropping an element of x on the LoRA path, in [0, 1). Routing never drops.
-    seed
-        Seed of the dropout mask; unused without dropout.
+        What is dropped on the LoRA path; None for nothing. Routing never drops.
 
     Returns
     -------
@@ -81,7 +128,7 @@ def project(
         All A drop(x); None without dropout.
     """
     through_TD, projected_XT, dropped_LT = _Project.apply(
-        x_TD, lora_A, router_weight, mixture, dropout, seed
+        x_TD, lora_A, router_weight, mixture, dropout
     )
     return (through_TD if x_TD.requires_grad else x_TD), projected_XT, dropped_LT
 
@@ -95,6 +142,7 @@ def combine(
     num_sequences: int,
     mixture: Mixture,
     expert_weights_BN: Tensor | None = None,
+    held_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Route the tokens and add the weighted experts to the output of the base layer.
 
@@ -105,7 +153,7 @@ def combine(
     projected_XT, dropped_LT
         As returned by `project`.
     lora_B
-        Shape (M, O, R), the shared expert last.
+        Shape (M, O, R) or (U, M, O, R), the shared expert last.
     token_mask_T
         True where a token is real; None when every token is.
     num_sequences
@@ -114,12 +162,14 @@ def combine(
         Sizes of the layer.
     expert_weights_BN
         Weights of the routed experts; None where they follow from scores.
+    held_B
+        How many of the routed experts each sequence has, the first ones; None for all.
 
     Returns
     -------
     y_TO
         The output of the layer.
-    balance_loss_B, routed_tokens_N
+    balance_loss_B, routed_tokens_NB
         As :func:`fedamole.routing.route` gives them.
     """
     return _Combine.apply(
@@ -131,6 +181,7 @@ def combine(
         num_sequences,
         mixture,
         expert_weights_BN,
+        held_B,
     )
 
 
@@ -141,20 +192,61 @@ def _full_precision(tensor: Tensor) -> torch.autocast:
 
 def _stacked_projections(lora_A: Tensor, router_weight: Tensor | None) -> Tensor:
     """Return [A; P] with one row per column of the projection."""
-    rows_LD = lora_A.flatten(0, 1)
-    return rows_LD if router_weight is None else torch.cat((rows_LD, router_weight))
+    rows_LD = lora_A.flatten(-3, -2)
+    return rows_LD if router_weight is None else torch.cat((rows_LD, router_weight), dim=-2)
 
 
 def _stacked_outputs(lora_B: Tensor) -> Tensor:
     """Return all B_i side by side and transposed, shape (L, O)."""
-    return lora_B.transpose(1, 2).reshape(-1, lora_B.shape[1])
+    return lora_B.transpose(-1, -2).flatten(-3, -2)
 
 
-def _num_projected(lora_A: Tensor, mixture: Mixture, dropout: float) -> int:
+def _num_projected(lora_A: Tensor, mixture: Mixture, dropout: Dropout | None) -> int:
     """Return how many A the first product takes: with dropout only those that the router reads."""
-    if not dropout:
-        return lora_A.shape[0]
+    if dropout is None:
+        return lora_A.shape[-3]
     return mixture.num_experts if mixture.router == "embedding" else 0
+
+
+def _columns(tokens_TF: Tensor, weights_CF: Tensor) -> Tensor:
+    """Return the products of every token with every row of its weights, shape (C, T)."""
+    if weights_CF.dim() == 2:
+        # The products with few columns run a quarter faster on rows of tokens, a copy included.
+        return _transposed(tokens_TF @ weights_CF.T)
+    products_UCT = weights_CF @ _by_unit(tokens_TF, weights_CF).transpose(1, 2)
+    return products_UCT.transpose(0, 1).flatten(1)
+
+
+def _add_rows(total_TF: Tensor | None, columns_CT: Tensor, weights_CF: Tensor) -> Tensor:
+    """Return total + columns^T @ weights in the dtype of the factors, in the memory of `total`.
+
+    Only for tensors that nn.Linear has just made, its output or the gradient of its input: they
+    are held by nobody else, and a copy would cost as much as the product.
+    """
+    if weights_CF.dim() == 2:
+        rows_TC = _transposed(columns_CT)
+        if total_TF is None:
+            return rows_TC @ weights_CF
+        return total_TF.detach().to(rows_TC.dtype).addmm_(rows_TC, weights_CF)
+    rows_UTC = columns_CT.unflatten(1, (len(weights_CF), -1)).permute(1, 2, 0)
+    if total_TF is None:
+        return (rows_UTC @ weights_CF).flatten(0, 1)
+    total_TF = total_TF.detach().to(columns_CT.dtype)
+    _by_unit(total_TF, weights_CF).baddbmm_(rows_UTC, weights_CF)
+    return total_TF
+
+
+def _weight_gradient(columns_CT: Tensor, tokens_TF: Tensor, weights: Tensor) -> Tensor:
+    """Return columns @ tokens, shape (C, F), or per unit if `weights` are."""
+    if weights.dim() == 3:
+        return columns_CT @ tokens_TF
+    columns_UCT = columns_CT.unflatten(1, (len(weights), -1)).transpose(0, 1)
+    return columns_UCT @ _by_unit(tokens_TF, weights)
+
+
+def _by_unit(tokens_TF: Tensor, weights: Tensor) -> Tensor:
+    """Return the tokens of each unit, shape (U, T / U, F)."""
+    return tokens_TF.unflatten(0, (len(weights), -1))
 
 
 class _Project(torch.autograd.Function):
@@ -165,24 +257,23 @@ class _Project(torch.autograd.Function):
         lora_A: Tensor,
         router_weight: Tensor | None,
         mixture: Mixture,
-        dropout: float,
-        seed: int,
+        dropout: Dropout | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.save_for_backward(x_TD, lora_A, router_weight)
         ctx.set_materialize_grads(False)
         ctx.num_projected = _num_projected(lora_A, mixture, dropout)
         ctx.frozen = mixture.frozen
-        ctx.dropout, ctx.seed = dropout, seed
+        ctx.dropout = dropout
         with _full_precision(x_TD):
             tokens_TD = x_TD.to(lora_A.dtype)
-            stacked_XD = _stacked_projections(lora_A[: ctx.num_projected], router_weight)
-            projected_XT = _transposed(tokens_TD @ stacked_XD.T)
+            read_A = lora_A[..., : ctx.num_projected, :, :]
+            projected_XT = _columns(tokens_TD, _stacked_projections(read_A, router_weight))
             dropped_LT = None
             if dropout:
-                drop_TD = dropped_elements(x_TD.shape, dropout, seed, x_TD.device)
+                drop_TD = dropout.elements(x_TD.shape, x_TD.device)
                 kept_TD = torch.where(drop_TD, tokens_TD.new_zeros(()), tokens_TD)
-                dropped_LT = _transposed(kept_TD @ lora_A.flatten(0, 1).T)
-                dropped_LT /= 1.0 - dropout
+                dropped_LT = _columns(kept_TD, lora_A.flatten(-3, -2))
+                dropped_LT /= 1.0 - dropout.probability
         return x_TD.view_as(x_TD), projected_XT, dropped_LT
 
     @staticmethod
@@ -194,7 +285,7 @@ class _Project(torch.autograd.Function):
         saved = ctx.saved_tensors
         with _full_precision(saved[0]):
             grads = _project_backward(ctx, saved, grad_TD, grad_XT, grad_LT)
-        return (*grads, None, None, None)
+        return (*grads, None, None)
 
 
 def _project_backward(
@@ -211,47 +302,35 @@ def _project_backward(
     grad_A = grad_P = None
     if grad_XT is not None:
         if needs_x:
-            stacked_XD = _stacked_projections(lora_A[: ctx.num_projected], router_weight)
-            grad_TD = _add_product(grad_TD, _transposed(grad_XT), stacked_XD)
+            read_A = lora_A[..., : ctx.num_projected, :, :]
+            grad_TD = _add_rows(grad_TD, grad_XT, _stacked_projections(read_A, router_weight))
         if needs_parameters:
-            rows = ctx.num_projected * lora_A.shape[1]
-            grad_XD = grad_XT @ tokens_TD
-            grad_A = grad_XD[:rows].view(ctx.num_projected, *lora_A.shape[1:])
-            grad_P = grad_XD[rows:] if router_weight is not None else None
+            rows = ctx.num_projected * lora_A.shape[-2]
+            grad_XD = _weight_gradient(grad_XT, tokens_TD, lora_A)
+            grad_A = grad_XD[..., :rows, :].unflatten(-2, (ctx.num_projected, lora_A.shape[-2]))
+            grad_P = grad_XD[..., rows:, :] if router_weight is not None else None
     if grad_LT is not None:
-        grad_LT = grad_LT / (1.0 - ctx.dropout)
-        drop_TD = dropped_elements(x_TD.shape, ctx.dropout, ctx.seed, x_TD.device)
+        grad_LT = grad_LT / (1.0 - ctx.dropout.probability)
+        drop_TD = ctx.dropout.elements(x_TD.shape, x_TD.device)
         if needs_x:
-            path_TD = _transposed(grad_LT) @ lora_A.flatten(0, 1)
+            path_TD = _add_rows(None, grad_LT, lora_A.flatten(-3, -2))
             path_TD.masked_fill_(drop_TD, 0.0)
             grad_TD = path_TD if grad_TD is None else path_TD.add_(grad_TD)
         if needs_parameters:
             kept_TD = torch.where(drop_TD, tokens_TD.new_zeros(()), tokens_TD)
-            path_MRD = (grad_LT @ kept_TD).view_as(lora_A)
+            path_MRD = _weight_gradient(grad_LT, kept_TD, lora_A).view_as(lora_A)
             if grad_A is not None:
-                path_MRD[: ctx.num_projected] += grad_A
+                path_MRD[..., : ctx.num_projected, :, :] += grad_A
             grad_A = path_MRD
     if grad_A is not None:
-        grad_A[ctx.frozen] = 0.0
+        grad_A[..., ctx.frozen, :, :] = 0.0
     if grad_TD is not None:
         grad_TD = grad_TD.to(x_TD.dtype)
     return grad_TD if needs_x else None, grad_A, grad_P
 
 
 def _transposed(matrix: Tensor) -> Tensor:
-    # The products with few columns run a quarter faster on rows of tokens, a copy included.
     return matrix.T.contiguous()
-
-
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """Return total + left @ right in the dtype of the factors, in the memory of `total`.
-
-    Only for tensors that nn.Linear has just made, its output or the gradient of its input: they
-    are held by nobody else, and a copy would cost as much as the product.
-    """
-    if total is None:
-        return left @ right
-    return total.detach().to(left.dtype).addmm_(left, right)
 
 
 class _Combine(torch.autograd.Function):
@@ -266,18 +345,19 @@ class _Combine(torch.autograd.Function):
         num_sequences: int,
         mixture: Mixture,
         expert_weights_BN: Tensor | None,
+        held_B: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with _full_precision(projected_XT):
-            routing, loss_B, routed_N = route(
-                projected_XT, expert_weights_BN, token_mask_T, num_sequences, mixture
+            routing, loss_B, routed_NB = route(
+                projected_XT, expert_weights_BN, token_mask_T, num_sequences, mixture, held_B
             )
             lora_MRT = _lora_activations(projected_XT, dropped_LT, lora_B)
             weighted_LT = (lora_MRT * _weights(routing.q_NT, lora_B, mixture.scale)).flatten(0, 1)
-            y_TO = _add_product(base_TO, _transposed(weighted_LT), _stacked_outputs(lora_B))
+            y_TO = _add_rows(base_TO, weighted_LT, _stacked_outputs(lora_B))
         ctx.mixture = mixture
         ctx.save_for_backward(projected_XT, dropped_LT, lora_B, token_mask_T, *routing)
-        ctx.mark_non_differentiable(routed_N)
-        return y_TO.to(base_TO.dtype), loss_B, routed_N
+        ctx.mark_non_differentiable(routed_NB)
+        return y_TO.to(base_TO.dtype), loss_B, routed_NB
 
     @staticmethod
     @once_differentiable
@@ -286,7 +366,7 @@ class _Combine(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         with _full_precision(grad_TO):
             grads = _combine_backward(ctx.mixture, ctx.saved_tensors, grad_TO, grad_loss_B)
-        return (grad_TO, *grads, None, None, None, None)
+        return (grad_TO, *grads, None, None, None, None, None)
 
 
 def _combine_backward(
@@ -299,10 +379,10 @@ def _combine_backward(
     num_experts = mixture.num_experts
     lora_MRT = _lora_activations(projected_XT, dropped_LT, lora_B)
     weights_M1T = _weights(routing.q_NT, lora_B, mixture.scale)
-    grad_LO = (lora_MRT * weights_M1T).flatten(0, 1) @ grad_TO
-    grad_B = grad_LO.view(*lora_MRT.shape[:2], -1).transpose(1, 2).contiguous()
-    grad_B[mixture.frozen] = 0.0
-    grad_MRT = _transposed(grad_TO @ _stacked_outputs(lora_B).T).view_as(lora_MRT)
+    grad_LO = _weight_gradient((lora_MRT * weights_M1T).flatten(0, 1), grad_TO, lora_B)
+    grad_B = grad_LO.unflatten(-2, lora_MRT.shape[:2]).transpose(-1, -2).contiguous()
+    grad_B[..., mixture.frozen, :, :] = 0.0
+    grad_MRT = _columns(grad_TO, _stacked_outputs(lora_B)).view_as(lora_MRT)
     grad_read = None
     if routing.p_NT is not None:
         grad_q_NT = (grad_MRT[:num_experts] * lora_MRT[:num_experts]).sum(1).mul_(mixture.scale)
@@ -342,7 +422,7 @@ def _column_gradients(
 
 def _lora_activations(projected_XT: Tensor, dropped_LT: Tensor | None, lora_B: Tensor) -> Tensor:
     """Return A_i drop(x) of every expert held, shape (M, R, T)."""
-    num_held, _, rank = lora_B.shape
+    num_held, _, rank = lora_B.shape[-3:]
     if dropped_LT is None:
         dropped_LT = projected_XT[: num_held * rank]
     return dropped_LT.unflatten(0, (num_held, rank))
@@ -350,6 +430,6 @@ def _lora_activations(projected_XT: Tensor, dropped_LT: Tensor | None, lora_B: T
 
 def _weights(q_NT: Tensor, lora_B: Tensor, scale: float) -> Tensor:
     """Return s q for the routed experts and s for the shared one, shape (M, 1, T)."""
-    num_shared = lora_B.shape[0] - q_NT.shape[0]
+    num_shared = lora_B.shape[-3] - q_NT.shape[0]
     weights_MT = torch.cat((q_NT, q_NT.new_ones(num_shared, q_NT.shape[1])))
     return weights_MT.mul_(scale).unsqueeze(1)

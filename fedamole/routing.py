@@ -125,6 +125,7 @@ def route(
     token_mask_T: Tensor | None,
     num_sequences: int,
     mixture: Mixture,
+    held_B: Tensor | None = None,
 ) -> tuple[Routing, Tensor, Tensor]:
     """Weigh the experts of every token.
 
@@ -140,6 +141,9 @@ def route(
         B; the tokens of a sequence are contiguous and all sequences have T / B tokens.
     mixture
         Sizes of the layer.
+    held_B
+        How many of the experts each sequence has, the first ones, int64; None for all. The others
+        get a probability of 0.
 
     Returns
     -------
@@ -149,21 +153,21 @@ def route(
         N * sum_i mean_t(p_i) * f_i per sequence over its real tokens; 0 for a sequence without one
         and for given weights. No gradient flows through f, the fraction of (token, slot) pairs
         routed to expert i.
-    routed_tokens_N
-        Real tokens sent to each expert, int64; 0 for given weights.
+    routed_tokens_NB
+        Real tokens of each sequence sent to each expert, int64; 0 for given weights.
     """
     if expert_weights_BN is not None:
         tokens = projected_XT.shape[1] // num_sequences
         q_NT = expert_weights_BN.T.repeat_interleave(tokens, dim=1)
-        nothing_N = torch.zeros(len(q_NT), dtype=torch.int64, device=q_NT.device)
-        return Routing(q_NT, None, None), q_NT.new_zeros(num_sequences), nothing_N
-    p_NT, selected_NT = _select(projected_XT, mixture)
+        nothing_NB = torch.zeros_like(expert_weights_BN.T, dtype=torch.int64)
+        return Routing(q_NT, None, None), q_NT.new_zeros(num_sequences), nothing_NB
+    p_NT, selected_NT = _select(projected_XT, mixture, held_B)
     q_NT = p_NT * selected_NT
     q_NT /= q_NT.sum(0)
-    loss_B, slope_NB, routed_N = _balance(
-        p_NT, selected_NT, token_mask_T, num_sequences, mixture.top_k
+    loss_B, slope_NB, routed_NB = _balance(
+        p_NT, selected_NT, token_mask_T, num_sequences, mixture.top_k, held_B
     )
-    return Routing(q_NT, p_NT, slope_NB), loss_B, routed_N
+    return Routing(q_NT, p_NT, slope_NB), loss_B, routed_NB
 
 
 def route_backward(
@@ -207,12 +211,17 @@ def _scores(projected_XT: Tensor, mixture: Mixture) -> Tensor:
     return (experts_NRT * token_RT).sum(1).mul_(mixture.rank**-0.5)
 
 
-def _select(projected_XT: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
+def _select(projected_XT: Tensor, mixture: Mixture, held_B: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return p and the 0/1 selection of the top k, both of shape (N, T)."""
     if mixture.num_experts == 0:
         nothing_NT = projected_XT.new_empty(0, projected_XT.shape[1])
         return nothing_NT, nothing_NT
     scores_NT = _scores(projected_XT, mixture)
+    if held_B is not None:
+        experts_N1 = torch.arange(len(scores_NT), device=scores_NT.device).unsqueeze(1)
+        absent_NB1 = (experts_N1 >= held_B).unsqueeze(2)
+        scores_NBT = scores_NT.unflatten(1, (len(held_B), -1))
+        scores_NT = scores_NBT.masked_fill(absent_NB1, -torch.inf).flatten(1)
     top_KT = scores_NT.topk(mixture.top_k, dim=0, sorted=False).indices
     selected_NT = torch.zeros_like(scores_NT).scatter_(0, top_KT, 1.0)
     return scores_NT.softmax(0), selected_NT
@@ -239,10 +248,16 @@ def _softmax_backward(p_NT: Tensor, grad_NT: Tensor) -> Tensor:
 
 
 def _balance(
-    p_NT: Tensor, selected_NT: Tensor, token_mask_T: Tensor | None, num_sequences: int, top_k: int
+    p_NT: Tensor,
+    selected_NT: Tensor,
+    token_mask_T: Tensor | None,
+    num_sequences: int,
+    top_k: int,
+    held_B: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss per sequence, its slope in p at a real token (N, B), and the counts (N)."""
+    """Return the loss per sequence, its slope in p at a real token and the counts, both (N, B)."""
     num_experts, num_tokens = p_NT.shape
+    held = num_experts if held_B is None else held_B
     p_NBT = p_NT.unflatten(1, (num_sequences, num_tokens // num_sequences))
     selected_NBT = selected_NT.view_as(p_NBT)
     if token_mask_T is None:
@@ -252,9 +267,9 @@ def _balance(
         tokens_B = mask_BT.sum(1).clamp_(min=1.0)
         p_NBT, selected_NBT = p_NBT * mask_BT, selected_NBT * mask_BT
     counts_NB = selected_NBT.sum(2)
-    slope_NB = counts_NB * (num_experts / top_k) / (tokens_B * tokens_B)
+    slope_NB = counts_NB * (held / top_k) / (tokens_B * tokens_B)
     loss_B = (p_NBT.sum(2) * slope_NB).sum(0)
-    return loss_B, slope_NB, counts_NB.sum(1).to(torch.int64)
+    return loss_B, slope_NB, counts_NB.to(torch.int64)
 
 
 def _balance_backward(
