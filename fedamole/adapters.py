@@ -65,9 +65,6 @@ def insert_adapters(
     }
     if not num_experts:
         return backbone
-    if router is None:
-        gated = any("gate" in group.experts for group in state.groups.values())
-        router = "linear" if gated else "embedding"
     config = HMoLEConfig(
         r=settings.rank,
         alpha=settings.alpha,
@@ -76,12 +73,18 @@ def insert_adapters(
         shared_expert=all("lora_A" in group.shared for group in state.groups.values()),
         target_modules=sorted(num_experts),
         num_experts=num_experts,
-        router=router,
+        router=router or router_of(state),
         frozen_experts=frozen_experts,
     )
     model = get_peft_model(backbone, config)
     load_state(model, state)
     return model
+
+
+def router_of(state: ClientState) -> Router:
+    """Tell which router reads the tensors of a state."""
+    gated = any("gate" in group.experts for group in state.groups.values())
+    return "linear" if gated else "embedding"
 
 
 @torch.no_grad()
@@ -108,7 +111,7 @@ def load_state(model: torch.nn.Module, state: ClientState) -> None:
     with _whole(list(layers.values())):
         for group in state.groups.values():
             for index, module in enumerate(group.modules):
-                arrays = dict(_rows_of_module(group, index))
+                arrays = dict(rows_of_module(group, index))
                 for name, parameter in layers[module].named_parameters(recurse=False):
                     _copy(arrays.get(name), parameter, f"{module}.{name}")
 
@@ -170,7 +173,7 @@ def extract_state(tensors: dict[str, torch.Tensor], state: ClientState) -> Clien
     return ClientState(groups)
 
 
-def _rows_of_module(group: ClientGroup, index: int) -> Iterator[tuple[str, np.ndarray]]:
+def rows_of_module(group: ClientGroup, index: int) -> Iterator[tuple[str, np.ndarray]]:
     """Give each parameter of one module as the layer stores it."""
     held = group.module_N == index
     for name in STACKED:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from fedamole.randomness import stream
+from fedamole.settings import TrainingSettings
 
 # Labels that count in no loss; the value that torch's cross entropy ignores.
 IGNORED = -100
@@ -73,6 +74,42 @@ def collate(sequences: Sequence[np.ndarray], prompt_lengths: Sequence[int], pad_
     shifted = labels[:, 1:]
     positions = (shifted != IGNORED).any(0).nonzero()[:, 0]
     return Batch(input_ids, attention_mask, shifted[:, positions], positions)
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """Where in the study a local training stands; its randomness follows from this alone."""
+
+    seed: int
+    round: int
+    client: int
+
+
+def rows_of_round(
+    rows: np.ndarray, num_steps: int, place: LocalTraining, settings: TrainingSettings
+) -> np.ndarray:
+    """Cut a client's part of its example stream for one round into steps and micro-batches.
+
+    Parameters
+    ----------
+    rows
+        (N,) rows of the token store that the client trains on.
+    num_steps
+        Steps of the round.
+    place
+        Seed, round and client.
+    settings
+        Sequences per step and per pass.
+
+    Returns
+    -------
+    numpy.ndarray
+        (num_steps, micro-batches, sequences) rows of the token store.
+    """
+    per_step, per_pass = settings.batch_size, settings.sequences_per_pass
+    start, stop = (round_ * num_steps * per_step for round_ in (place.round - 1, place.round))
+    examples = stream_of_examples(len(rows), start, stop, place.seed, place.client)
+    return rows[examples].reshape(num_steps, -1, per_pass)
 
 
 def stream_of_examples(

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedamole.accounting import epsilon_after
 from fedamole.backbone import load_backbone, load_tokenizer
-from fedamole.batches import Batch, collate, stream_of_examples
+from fedamole.batches import Batch, LocalTraining, collate, rows_of_round
 from fedamole.datasets.tokens import TokenStore
 from fedamole.dp_sgd import GivenGradients, train_privately
 from fedamole.embeddings import Embedded, embed_client
 from fedamole.errors import ClientError
 from fedamole.evaluation import Score, accuracy, evaluation_loss, rouge_of_answers
 from fedamole.forms import MIXTURE, Form
+from fedamole.packing import PackedClient, PackedResult, train_pack
 from fedamole.pools import ClientState, KeptState, Upload
 from fedamole.privacy import perturb_embedded
 from fedamole.stages import ClientStage
 from fedamole.training import (
-    LocalTraining,
     ScoredModel,
     TrainingRecord,
     engine_for,
@@ -64,6 +64,14 @@ class ClientSession:
             self.folder, self.settings.run.backbone
         )
         self._backbone: PreTrainedModel | None = None
+        # What clients of a pack have trained, until their turn to be tested comes.
+        self.trained_in_pack: dict[int, PackedResult | ClientError] = {}
+
+    def backbone(self) -> PreTrainedModel:
+        """The frozen model; it is loaded once."""
+        if self._backbone is None:
+            self._backbone = load_backbone(self.folder, self.settings.run.backbone)
+        return self._backbone
 
     def training_rows(self, client: int, with_embedding_set: bool) -> np.ndarray:
         """Rows that a client trains on: its own, or those of all clients where data are pooled."""
@@ -90,10 +98,8 @@ class ClientSession:
             Whether ZeRO-3 will cut the model into slices: then it stays on the CPU until DeepSpeed
             moves it piece by piece, and serves this client only.
         """
-        backbone = self._backbone or load_backbone(self.folder, self.settings.run.backbone)
-        if not sharded:
-            self._backbone = backbone
-        model = form.insert(backbone, state, self.settings.run.adapter)
+        alone = load_backbone(self.folder, self.settings.run.backbone) if sharded else None
+        model = form.insert(alone or self.backbone(), state, self.settings.run.adapter)
         try:
             yield model if sharded else model.to(self.device)
         finally:
@@ -146,6 +152,25 @@ class ClientReport:
 
 
 @dataclass(frozen=True, eq=False)
+class Start:
+    """What a client's training starts from.
+
+    Attributes
+    ----------
+    state
+        The tensors.
+    with_embedding_set
+        Whether to train on the embedding set too: methods that need none give it to training.
+    optimizer
+        A fresh one in every round.
+    """
+
+    state: ClientState
+    with_embedding_set: bool
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
+
+
+@dataclass(frozen=True, eq=False)
 class Trained:
     """A model right after its local training.
 
@@ -195,13 +220,12 @@ def locally_trained(
     session: ClientSession,
     client: int,
     round_: int,
-    state: ClientState,
+    start: Start,
     form: Form = MIXTURE,
-    *,
-    with_embedding_set: bool,
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
 ) -> Iterator[Trained]:
     """Train a client's model; it can be tested as long as the context is open.
+
+    A client that was trained in a pack (:func:`train_packed`) is only made ready to be tested.
 
     Parameters
     ----------
@@ -211,14 +235,10 @@ def locally_trained(
         Index of the client.
     round_
         Round, from 1.
-    state
+    start
         What the training starts from.
     form
         What the state is in the model.
-    with_embedding_set
-        Whether to train on the embedding set too: methods that need none give it to training.
-    optimizer
-        A fresh one in every round.
 
     Raises
     ------
@@ -227,19 +247,25 @@ def locally_trained(
     """
     run = session.settings.run
     settings = run.training
-    rows = session.training_rows(client, with_embedding_set)
-    name = _name(session, round_, client)
-    if not len(rows):
-        raise ClientError(f"{name} has no training examples")
+    rows = _rows_to_train(session, client, round_, start)
+    packed = session.trained_in_pack.pop(client, None)
+    if isinstance(packed, ClientError):
+        raise packed
+    if packed:
+        _check_tensors(packed.state, round_, client)
+        with session.personalised(packed.state, form) as model:
+            scored = form.scored(model, run.adapter.balance_weight).eval()
+            yield Trained(client, round_, scored, packed.state, packed.record, len(rows))
+        return
     num_steps = run.steps_of(client, len(rows))
     private = run.privacy.dp_sgd
     # A delta that is too large for this client is refused before its training, not after it.
     epsilon_after(run, client, round_, len(rows))
-    with session.personalised(state, form, sharded=settings.zero_stage == 3) as model:
+    with session.personalised(start.state, form, sharded=settings.zero_stage == 3) as model:
         scored = form.scored(model, run.adapter.balance_weight)
         rate = learning_rate(settings, round_)
         trainable = GivenGradients(scored) if private else scored
-        with engine_for(trainable, settings, rate, optimizer) as engine:
+        with engine_for(trainable, settings, rate, start.optimizer) as engine:
             place = LocalTraining(run.seed, round_, client)
             if private:
                 record = train_privately(
@@ -253,11 +279,54 @@ def locally_trained(
                     session.device,
                 )
             else:
-                steps = _micro_batches(session, client, round_, rows, num_steps)
+                steps = _micro_batches(session, rows, num_steps, place)
                 record = train(engine, steps, num_steps, place, settings, session.device)
-            trained = form.extract(trained_tensors(engine, settings.zero_stage), state)
+            trained = form.extract(trained_tensors(engine, settings.zero_stage), start.state)
             _check_tensors(trained, round_, client)
             yield Trained(client, round_, scored.eval(), trained, record, len(rows))
+
+
+def train_packed(session: ClientSession, round_: int, starts: Mapping[int, Start]) -> None:
+    """Train clients at once; :func:`locally_trained` then has them ready, one after another.
+
+    Parameters
+    ----------
+    session
+        Backbone, data and settings.
+    round_
+        Round, from 1.
+    starts
+        Client -> what its training starts from. A client without examples is left out.
+    """
+    run = session.settings.run
+    clients = []
+    for client, start in starts.items():
+        rows = session.training_rows(client, start.with_embedding_set)
+        if len(rows):
+            steps = run.steps_of(client, len(rows))
+            clients.append(PackedClient(client, start.state, rows, steps))
+    if not clients:
+        return
+    backbone = session.backbone()
+    backbone.to(session.device)  # type: ignore[arg-type]
+    optimizer = next(iter(starts.values())).optimizer
+    session.trained_in_pack = train_pack(
+        backbone, clients, round_, run, session.store, session.device, optimizer
+    )
+
+
+def _rows_to_train(session: ClientSession, client: int, round_: int, start: Start) -> np.ndarray:
+    """Rows that a client trains on.
+
+    Raises
+    ------
+    ClientError
+        If there are none.
+    """
+    rows = session.training_rows(client, start.with_embedding_set)
+    if not len(rows):
+        raise ClientError(f"{_name(session, round_, client)} has no training examples")
+    return rows
 
 
 def report_of(session: ClientSession, trained: Trained) -> ClientReport:
@@ -371,23 +440,11 @@ def _diverged(round_: int, client: int, what: str) -> ClientError:
 
 
 def _micro_batches(
-    session: ClientSession, client: int, round_: int, rows: np.ndarray, num_steps: int
+    session: ClientSession, rows: np.ndarray, num_steps: int, place: LocalTraining
 ) -> Iterator[list[Batch]]:
-    """Cut the client's part of the example stream for this round into steps and passes."""
-    settings, store = session.settings.run.training, session.store
-    per_step, per_pass = settings.batch_size, settings.sequences_per_pass
-    order = rows[
-        stream_of_examples(
-            len(rows),
-            (round_ - 1) * num_steps * per_step,
-            round_ * num_steps * per_step,
-            session.settings.run.seed,
-            client,
-        )
-    ]
-    for start in range(0, len(order), per_step):
-        passes = range(start, start + per_step, per_pass)
-        yield [_batch(store, order[at : at + per_pass]) for at in passes]
+    """Make the micro-batches of each step."""
+    for step in rows_of_round(rows, num_steps, place, session.settings.run.training):
+        yield [_batch(session.store, rows) for rows in step]
 
 
 def _batch(store: TokenStore, rows: np.ndarray) -> Batch:

@@ -12,7 +12,7 @@ from fedamole.backbone_limits import check_length
 from fedamole.errors import FedamoleError, did_you_mean
 from fedamole.mistakes import explain
 from fedamole.participation import Participation
-from fedamole.registry import lookup
+from fedamole.registry import RUNS, lookup
 from fedamole.settings import (
     AdapterSettings,
     AggregationSettings,
@@ -151,6 +151,7 @@ class Config(Section):
             )
         if conflict := self.privacy.conflict(self.training, self.aggregation):
             raise ValueError(conflict)
+        self._check_packs()
         execution, ranks = self.execution, self.training.ranks
         processes = execution.processes(ranks)
         if processes % execution.nodes:
@@ -177,6 +178,31 @@ class Config(Section):
                     f"data set name {scenario.dataset.name!r} stands for two different data sets"
                 )
         return self
+
+    def _check_packs(self) -> None:
+        """Refuse packs that would depend on how clients are cut into jobs, or that cannot be."""
+        training, per_job = self.training, self.execution.clients_per_job
+        if training.pack_clients == 1:
+            return
+        if self.privacy.dp_sgd:
+            raise ValueError(
+                f"training: pack_clients {training.pack_clients} must be 1 with privacy: dp_sgd, "
+                "which clips every example by itself"
+            )
+        if per_job != "all" and per_job % training.pack_clients:
+            raise ValueError(
+                f"execution: clients_per_job {per_job} must be a multiple of training: "
+                f"pack_clients {training.pack_clients}, or all: a pack trains in one job"
+            )
+        for run in self.runs():
+            if RUNS[run].trains and not RUNS[run].packs:
+                try:
+                    _ = training.one_by_one
+                except ValidationError as error:
+                    reason = str(error.errors()[0].get("ctx", {}).get("error", error))
+                    raise ValueError(
+                        f"training: clients of {run} cannot be packed, and one by one {reason}"
+                    ) from error
 
     def scenario_seeds(self) -> dict[str, tuple[ScenarioSettings, int]]:
         """Map the slug of every (scenario, seed) to both, in config order."""

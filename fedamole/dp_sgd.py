@@ -17,12 +17,11 @@ from torch import nn
 
 from fedamole import distributed
 from fedamole.accounting import sample_rate
-from fedamole.batches import Batch
+from fedamole.batches import Batch, LocalTraining
 from fedamole.hmole_peft import hmole_layers
 from fedamole.randomness import derive_seed, stream
 from fedamole.settings import DpSgdSettings, TrainingSettings
 from fedamole.training import (
-    LocalTraining,
     TrainingRecord,
     check_finite,
     over_ranks,

@@ -203,7 +203,7 @@ class HMoLELinear(nn.Module):
             self.mixture,
             self._given_weights(num_sequences),
         )
-        if not _inside_backward():
+        if not inside_backward():
             self.balance_loss_B, self.routed_tokens_N = balance_loss_B, routed_tokens_NB.sum(1)
             if self._collecting:
                 self._collect(x.detach().reshape(-1, self.in_features), token_mask_T)
@@ -325,7 +325,7 @@ def embed(mean_D: Tensor, lora_A: Tensor, token_proj: Tensor) -> tuple[Tensor, T
     return client_R.to(torch.float32), experts_NR.to(torch.float32)
 
 
-def _inside_backward() -> bool:
+def inside_backward() -> bool:
     """Whether gradient checkpointing is recomputing this forward pass.
 
     A recomputed pass must leave no trace: its balance loss would keep the recomputed activations

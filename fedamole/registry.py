@@ -34,6 +34,8 @@ class Run:
         many steps as they would together.
     adapts
         Whether linear layers get LoRA adapters.
+    packs
+        Whether clients can be trained at once through one backbone (`training: pack_clients`).
     uses
         Sections of the config that this run depends on beyond those of all runs.
     """
@@ -44,6 +46,7 @@ class Run:
     keeps: bool = False
     pooled: bool = False
     adapts: bool = True
+    packs: bool = False
     uses: tuple[Section, ...] = ()
 
 
@@ -75,24 +78,24 @@ class Row:
 
 
 RUNS: dict[str, Run] = {
-    "fedamole": Run("fedamole", assigns=True),
-    "fedit": Run("fedit"),
+    "fedamole": Run("fedamole", assigns=True, packs=True),
+    "fedit": Run("fedit", packs=True),
     "zero-shot": Run("zero_shot", trains=False, adapts=False),
-    "fedamole-static": Run("fedamole", assigns=True),
-    "fedamole-random": Run("fedamole", assigns=True),
-    "fedamole-homo": Run("fedamole", assigns=True),
-    "fedamole-noshared": Run("fedamole", assigns=True),
-    "fedamole-linear-router": Run("fedamole", assigns=True),
-    "fedamole-greedy": Run("fedamole", assigns=True),
-    "fedamole-client-chooses": Run("fedamole", assigns=True),
+    "fedamole-static": Run("fedamole", assigns=True, packs=True),
+    "fedamole-random": Run("fedamole", assigns=True, packs=True),
+    "fedamole-homo": Run("fedamole", assigns=True, packs=True),
+    "fedamole-noshared": Run("fedamole", assigns=True, packs=True),
+    "fedamole-linear-router": Run("fedamole", assigns=True, packs=True),
+    "fedamole-greedy": Run("fedamole", assigns=True, packs=True),
+    "fedamole-client-chooses": Run("fedamole", assigns=True, packs=True),
     "fedprompt": Run("soft_prompts", adapts=False, uses=("prompt",)),
     "fedptuning": Run("soft_prompts", adapts=False, uses=("prompt",)),
-    "fdlora": Run("fdlora", keeps=True, uses=("fdlora",)),
+    "fdlora": Run("fdlora", keeps=True, packs=True, uses=("fdlora",)),
     "fedapen": Run("mutual", keeps=True, uses=("fedapen",)),
     "fml": Run("mutual", keeps=True),
-    "fedsa-lora": Run("fedsa_lora", keeps=True),
+    "fedsa-lora": Run("fedsa_lora", keeps=True, packs=True),
     "fedalt": Run("fedalt", keeps=True),
-    "local": Run("local", keeps=True),
+    "local": Run("local", keeps=True, packs=True),
     "centralised": Run("centralised", pooled=True),
 }
 

@@ -10,7 +10,7 @@ import json
 from fedamole.config import Config, SectionT
 from fedamole.participation import Participation
 from fedamole.randomness import stream
-from fedamole.registry import RUNS, lookup
+from fedamole.registry import RUNS, Run, lookup
 from fedamole.settings import (
     AdapterSettings,
     AggregationSettings,
@@ -215,9 +215,7 @@ def run_stage(config: Config, scenario: str, run: str) -> RunStage:
     adapter = config.adapter if facts.adapts else AdapterSettings()
     if not facts.assigns:
         adapter = AdapterSettings(**adapter.model_dump(exclude={"top_k", "balance_weight"}))
-    training = config.training
-    if not facts.trains:
-        training = _untrained(config.training)
+    training = _training_of(config.training, facts)
     averages = facts.trains and not facts.pooled
     privacy = PrivacySettings(
         embeddings=config.privacy.embeddings if facts.assigns else None,
@@ -236,6 +234,17 @@ def run_stage(config: Config, scenario: str, run: str) -> RunStage:
         privacy=privacy,
         **{section: getattr(config, section) for section in facts.uses},
     )
+
+
+def _training_of(training: TrainingSettings, facts: Run) -> TrainingSettings:
+    """What of the training matters to a run."""
+    if training.pack_clients > 1:
+        if not (facts.trains and facts.packs):
+            training = training.one_by_one
+        else:
+            # Every rank takes clients of its own: their number changes nothing.
+            training = training.model_copy(update={"ranks": 1})
+    return training if facts.trains else _untrained(training)
 
 
 def _untrained(training: TrainingSettings) -> TrainingSettings:

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fedamole import distributed
-from fedamole.batches import IGNORED, Batch
+from fedamole.batches import IGNORED, Batch, LocalTraining
 from fedamole.errors import ClientError
 from fedamole.hmole_peft import balance_loss, hmole_layers, routed_tokens
 from fedamole.randomness import derive_seed
@@ -95,15 +95,6 @@ class TrainingRecord:
     loss_last: float | None
     seconds: float
     routed_tokens: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class LocalTraining:
-    """Where in the study a local training stands; its randomness follows from this alone."""
-
-    seed: int
-    round: int
-    client: int
 
 
 def learning_rate(settings: TrainingSettings, round_: int) -> float:

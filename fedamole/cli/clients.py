@@ -139,6 +139,17 @@ class _Job:
         except FedamoleError:
             return False
 
+    def packs(self, clients: list[int]) -> list[list[int]]:
+        """Cut the clients of the job into packs, and give those with one of the clients to do.
+
+        A pack is always whole, whichever of its clients an earlier attempt has done: the last bits
+        of its numbers depend on who is in it.
+        """
+        size = self.settings.run.training.pack_clients if self.work == "train" else 1
+        everyone = list(self.outputs)
+        packs = [everyone[start : start + size] for start in range(0, len(everyone), size)]
+        return [pack for pack in packs if set(pack) & set(clients)]
+
     def header(self, path: Path) -> Header:
         """What the header of a file must be."""
         return self.headers[path.name]
@@ -150,6 +161,8 @@ class _Job:
 
 
 ForClient = Callable[["ClientSession", int, "list[Path]"], None]
+# Trains the clients of a pack at once, before each of them is done.
+ForPack = Callable[["ClientSession", list[int]], None]
 
 
 def run_train_clients(args: argparse.Namespace) -> None:
@@ -178,7 +191,18 @@ def run_train_clients(args: argparse.Namespace) -> None:
             assert result.kept is not None, f"{settings.run.run} keeps nothing"
             write_kept(paths[2], job.header(paths[2]), result.kept)
 
-    _run(job, train)
+    def train_pack(session: "ClientSession", clients: list[int]) -> None:
+        from fedamole.client import train_packed
+
+        assert method.start is not None, f"{settings.run.run} cannot be packed"
+        starts = {}
+        for client in clients:
+            state = read_client_state(args.pool, assignment, client, run_digest)
+            kept = _read_kept(job, client)
+            starts[client] = method.start(session, client, args.round, state, kept)
+        train_packed(session, args.round, starts)
+
+    _run(job, train, train_pack if settings.run.training.pack_clients > 1 else None)
 
 
 def _kept_by_client(paths: list[Path], run_digest: str) -> dict[int, Path]:
@@ -238,7 +262,7 @@ def run_evaluate_clients(args: argparse.Namespace) -> None:
     _run(job, test)
 
 
-def _run(job: _Job, do: ForClient) -> None:
+def _run(job: _Job, do: ForClient, first: ForPack | None = None) -> None:
     """Do the clients that an earlier attempt has not done, then put all files into their places.
 
     Raises
@@ -247,7 +271,7 @@ def _run(job: _Job, do: ForClient) -> None:
         If a client failed; the others were done nevertheless, and are kept for the next attempt.
     """
     if launching.is_worker():
-        _work(job, job.args.only, do)
+        _work(job, job.args.only, do, first)
         return
     missing = job.missing()
     if done := [client for client in job.outputs if client not in missing]:
@@ -255,7 +279,7 @@ def _run(job: _Job, do: ForClient) -> None:
     missing, died = _without_lost(job, missing), None
     while missing:
         before = {client: job.progress.attempts(client) for client in missing}
-        missing, died = _attempt(job, missing, do)
+        missing, died = _attempt(job, missing, do, first)
         failed = [client for client in missing if job.progress.attempts(client) > before[client]]
         missing = _without_lost(job, missing)
         # Where processes wait for each other, one client that fails interrupts others.
@@ -278,12 +302,12 @@ def _without_lost(job: _Job, missing: list[int]) -> list[int]:
 
 
 def _attempt(
-    job: _Job, clients: list[int], do: ForClient
+    job: _Job, clients: list[int], do: ForClient, first: ForPack | None
 ) -> tuple[list[int], FedamoleError | None]:
     """Do clients; give those without files afterwards, and why a process of theirs died."""
     died = None
     try:
-        _start(job, clients, do)
+        _start(job, clients, do, first)
     except FedamoleError as error:
         died = error
     missing = _missing_at_last(job, wait=died is None)
@@ -310,31 +334,83 @@ def _missing_at_last(job: _Job, wait: bool) -> list[int]:
         time.sleep(VISIBLE_POLL_S)
 
 
-def _start(job: _Job, clients: list[int], do: ForClient) -> None:
+def _start(job: _Job, clients: list[int], do: ForClient, first: ForPack | None) -> None:
     """Do clients in this process, or in as many as the job has."""
     if job.layout.processes == 1:
-        _work(job, clients, do)
+        _work(job, clients, do, first)
     else:
         only = ["--only", *map(str, clients)]
         launching.launch(job.layout, [*sys.argv[1:], *only])
 
 
-def _work(job: _Job, clients: list[int], do: ForClient) -> None:
-    """Do those clients that fall to the lane of this process; one that fails stops no other."""
+def _work(job: _Job, clients: list[int], do: ForClient, first: ForPack | None) -> None:
+    """Do those packs that fall to the lane of this process; one that fails stops no other."""
     with _session(job) as (session, lane):
-        for client in clients[lane :: job.layout.lanes]:
-            began = job.progress.start(client) if _is_first_rank() else None
-            kept = [job.progress.kept(path) for path in job.outputs[client]]
-            error, interrupted = None, False
-            try:
-                do(session, client, kept)
-            except BaseException as failure:
-                error, interrupted = _reason(failure), isinstance(failure, INTERRUPTED)
-                if not _goes_on(failure, job.layout.ranks):
-                    raise
-            finally:
-                if began:
-                    job.progress.end(began, error, interrupted)
+        for pack in job.packs(clients)[lane :: job.layout.lanes]:
+            turns = _Turns(job, [client for client in pack if client in clients])
+            with turns:
+                if first:
+                    with turns.of_all():
+                        first(session, pack)
+                for client in turns.waiting():
+                    with turns.of(client):
+                        do(session, client, [job.progress.kept(p) for p in job.outputs[client]])
+
+
+class _Turns(contextlib.AbstractContextManager["_Turns"]):
+    """Keeps the progress records of the clients of a pack, who are begun together.
+
+    Parameters
+    ----------
+    job
+        Where the records are.
+    clients
+        Who is to be done.
+    """
+
+    def __init__(self, job: _Job, clients: list[int]) -> None:
+        self.job = job
+        ours = _is_first_rank()
+        self.begun = {c: job.progress.start(c) if ours else None for c in clients}
+
+    def waiting(self) -> list[int]:
+        """Clients whose turn has not come."""
+        return list(self.begun)
+
+    @contextlib.contextmanager
+    def of(self, client: int) -> Iterator[None]:
+        """Do a client. An error is its own, unless the process cannot go on."""
+        with self._blaming([client]):
+            yield
+        if client in self.begun:
+            self._end(client, None)
+
+    @contextlib.contextmanager
+    def of_all(self) -> Iterator[None]:
+        """Do what comes before the turns of all: an error is that of all, and nobody waits on."""
+        with self._blaming(self.waiting()):
+            yield
+
+    @contextlib.contextmanager
+    def _blaming(self, clients: list[int]) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as failure:
+            for client in clients:
+                self._end(client, failure)
+            if not _goes_on(failure, self.job.layout.ranks):
+                raise
+
+    def __exit__(self, *_: object) -> None:
+        """Whose turn has not come when the process ends had no try."""
+        for client in self.waiting():
+            self._end(client, KeyboardInterrupt())
+
+    def _end(self, client: int, failure: BaseException | None) -> None:
+        began = self.begun.pop(client)
+        if began:
+            error = None if failure is None else _reason(failure)
+            self.job.progress.end(began, error, isinstance(failure, INTERRUPTED))
 
 
 def _reason(failure: BaseException) -> str:

@@ -12,7 +12,7 @@ from fedamole.stages import RunStage
 from fedamole.targets import BackboneFacts
 
 if TYPE_CHECKING:
-    from fedamole.client import ClientReport, ClientResult, ClientSession
+    from fedamole.client import ClientReport, ClientResult, ClientSession, Start
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class Method:
         and for methods whose clients keep nothing.
     evaluate_client
         (session, client, round, state) -> metrics of a model that is not trained here.
+    start
+        (session, client, round, state, kept) -> what ``train_client`` trains from; None for a
+        method whose clients cannot be trained in a pack. It goes with ``Run.packs`` of the
+        registry, and needs LoRA experts as the form of what is trained.
     """
 
     init_pool: Callable[[RunStage, BackboneFacts], Pool]
@@ -44,6 +48,7 @@ class Method:
     aggregate: Callable[[RunStage, Pool, Assignment, Iterable[Upload]], Pool]
     train_client: "Callable[[ClientSession, int, int, ClientState, KeptState | None], ClientResult]"
     evaluate_client: "Callable[[ClientSession, int, int, ClientState], ClientReport]"
+    start: "Callable[[ClientSession, int, int, ClientState, KeptState | None], Start] | None" = None
 
 
 def load(run: str) -> Method:

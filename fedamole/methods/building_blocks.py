@@ -24,7 +24,7 @@ from fedamole.stages import RunStage
 from fedamole.targets import BackboneFacts
 
 if TYPE_CHECKING:
-    from fedamole.client import ClientReport, ClientResult, ClientSession
+    from fedamole.client import ClientReport, ClientResult, ClientSession, Start
     from fedamole.forms import Form
 
 # Group -> tensor name -> array; M = modules of the group.
@@ -42,6 +42,7 @@ def adapter_method(
         aggregate=average,
         train_client=train_experts if assign else train_adapters,
         evaluate_client=evaluate_adapters,
+        start=start_as_sent,
     )
 
 
@@ -118,6 +119,22 @@ def average(
     )
 
 
+def start_as_sent(
+    session: "ClientSession",
+    client: int,
+    round_: int,
+    state: ClientState,
+    kept: KeptState | None = None,
+) -> "Start":
+    """Start from what the server sent; only domain experts need the embedding set for embeddings.
+
+    See :class:`fedamole.methods.Method`.
+    """
+    from fedamole.client import Start
+
+    return Start(state, with_embedding_set=not state.has_experts)
+
+
 def train_adapters(
     session: "ClientSession",
     client: int,
@@ -138,9 +155,8 @@ def train_adapters(
     from fedamole.client import ClientResult, locally_trained, report_of, upload_of
     from fedamole.forms import MIXTURE
 
-    with locally_trained(
-        session, client, round_, state, form or MIXTURE, with_embedding_set=True
-    ) as trained:
+    start = start_as_sent(session, client, round_, state)
+    with locally_trained(session, client, round_, start, form or MIXTURE) as trained:
         return ClientResult(upload_of(trained), report_of(session, trained))
 
 
@@ -160,7 +176,8 @@ def train_experts(
         upload_of,
     )
 
-    with locally_trained(session, client, round_, state, with_embedding_set=False) as trained:
+    start = start_as_sent(session, client, round_, state)
+    with locally_trained(session, client, round_, start) as trained:
         report = report_of(session, trained)
         return ClientResult(upload_of(trained, embeddings_of(session, trained)), report)
 

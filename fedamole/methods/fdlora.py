@@ -32,7 +32,7 @@ from fedamole.settings import FdloraSettings
 from fedamole.stages import RunStage
 
 if TYPE_CHECKING:
-    from fedamole.client import ClientResult, ClientSession, Trained
+    from fedamole.client import ClientResult, ClientSession, Start, Trained
 
 
 def aggregate(
@@ -76,6 +76,24 @@ def outer_step(before: PoolGroup, mean: PoolGroup, settings: FdloraSettings) -> 
     return replace(before, shared=shared, server=momentum)
 
 
+def start(
+    session: "ClientSession",
+    client: int,
+    round_: int,
+    state: ClientState,
+    kept: KeptState | None = None,
+) -> "Start":
+    """Start from the global LoRA; the embedding set is held back to find weights on it.
+
+    See :class:`fedamole.methods.Method`.
+    """
+    from torch.optim import AdamW
+
+    from fedamole.client import Start
+
+    return Start(state, with_embedding_set=False, optimizer=AdamW)
+
+
 def train_client(
     session: "ClientSession",
     client: int,
@@ -83,18 +101,12 @@ def train_client(
     state: ClientState,
     kept: KeptState | None = None,
 ) -> "ClientResult":
-    """Train the global LoRA, test its fusion with the personal one; see the class ``Method``.
-
-    The embedding set is held back: the weights of the fusion are found on it.
-    """
-    from torch.optim import AdamW
-
+    """Train the global LoRA, test its fusion with the personal one; see the class ``Method``."""
     from fedamole.client import ClientResult, locally_trained, report_of, upload_of
 
     sync_every = session.settings.run.fdlora.sync_every
-    with locally_trained(
-        session, client, round_, state, with_embedding_set=False, optimizer=AdamW
-    ) as trained:
+    begin = start(session, client, round_, state, kept)
+    with locally_trained(session, client, round_, begin) as trained:
         personal = with_shared(trained.state, kept.groups) if kept else trained.state
         weights = _fuse(session, trained, personal) if round_ > 1 else {}
         report = report_of(session, trained)
@@ -128,5 +140,7 @@ def _fuse(session: "ClientSession", trained: "Trained", personal: ClientState) -
 
 
 RUNS = {
-    "fdlora": replace(adapter_method(init_lora), aggregate=aggregate, train_client=train_client)
+    "fdlora": replace(
+        adapter_method(init_lora), aggregate=aggregate, train_client=train_client, start=start
+    )
 }

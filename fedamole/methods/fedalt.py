@@ -154,11 +154,12 @@ def train_client(
     session, client, round_, state, kept
         See :class:`fedamole.methods.Method`.
     """
-    from fedamole.client import ClientResult, locally_trained, report_of
+    from fedamole.client import ClientResult, Start, locally_trained, report_of
 
     before = kept.groups if kept else _first(session.settings.run, state)
     both = with_two_experts(state, _with_rest(before, state))
-    with locally_trained(session, client, round_, both, form(), with_embedding_set=True) as trained:
+    start = Start(both, with_embedding_set=True)
+    with locally_trained(session, client, round_, start, form()) as trained:
         own = _own(trained.state)
         upload = _upload(trained, state, own)
         return ClientResult(upload, report_of(session, trained), KeptState(client, round_, own, {}))

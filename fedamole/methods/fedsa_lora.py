@@ -22,7 +22,7 @@ from fedamole.stages import RunStage
 from fedamole.targets import BackboneFacts, target_modules
 
 if TYPE_CHECKING:
-    from fedamole.client import ClientResult, ClientSession
+    from fedamole.client import ClientResult, ClientSession, Start
 
 
 def init_pool(settings: RunStage, backbone: BackboneFacts) -> Pool:
@@ -35,6 +35,20 @@ def init_pool(settings: RunStage, backbone: BackboneFacts) -> Pool:
     return replace(pool, groups=groups)
 
 
+def start(
+    session: "ClientSession",
+    client: int,
+    round_: int,
+    state: ClientState,
+    kept: KeptState | None = None,
+) -> "Start":
+    """Put the averaged A beside the client's own B; see :class:`fedamole.methods.Method`."""
+    from fedamole.client import Start
+
+    own = kept.groups if kept else _first_lora_b(session, state)
+    return Start(with_shared(state, own), with_embedding_set=True)
+
+
 def train_client(
     session: "ClientSession",
     client: int,
@@ -45,8 +59,8 @@ def train_client(
     """Train the averaged A with the client's own B; see :class:`fedamole.methods.Method`."""
     from fedamole.client import ClientResult, locally_trained, report_of, upload_of
 
-    start = with_shared(state, kept.groups if kept else _first_lora_b(session, state))
-    with locally_trained(session, client, round_, start, with_embedding_set=True) as trained:
+    begin = start(session, client, round_, state, kept)
+    with locally_trained(session, client, round_, begin) as trained:
         return ClientResult(
             upload_of(trained, state=only_shared(trained.state, ["lora_A"])),
             report_of(session, trained),
@@ -66,4 +80,4 @@ def _first_lora_b(session: "ClientSession", state: ClientState) -> Tensors:
     }
 
 
-RUNS = {"fedsa-lora": replace(adapter_method(init_pool), train_client=train_client)}
+RUNS = {"fedsa-lora": replace(adapter_method(init_pool), train_client=train_client, start=start)}

@@ -19,7 +19,7 @@ from fedamole.pools import Assignment, ClientState, KeptState, Pool, Upload
 from fedamole.stages import RunStage
 
 if TYPE_CHECKING:
-    from fedamole.client import ClientResult, ClientSession
+    from fedamole.client import ClientResult, ClientSession, Start
 
 
 def aggregate(
@@ -29,6 +29,19 @@ def aggregate(
     groups = {name: replace(group, shared={}) for name, group in previous.groups.items()}
     round_made = average(settings, replace(previous, groups=groups), assignment, uploads)
     return replace(previous, provenance=round_made.provenance)
+
+
+def start(
+    session: "ClientSession",
+    client: int,
+    round_: int,
+    state: ClientState,
+    kept: KeptState | None = None,
+) -> "Start":
+    """Start from what the client kept; see :class:`fedamole.methods.Method`."""
+    from fedamole.client import Start
+
+    return Start(with_shared(state, kept.groups) if kept else state, with_embedding_set=True)
 
 
 def train_client(
@@ -44,8 +57,8 @@ def train_client(
     """
     from fedamole.client import ClientResult, locally_trained, report_of, upload_of
 
-    start = with_shared(state, kept.groups) if kept else state
-    with locally_trained(session, client, round_, start, with_embedding_set=True) as trained:
+    begin = start(session, client, round_, state, kept)
+    with locally_trained(session, client, round_, begin) as trained:
         return ClientResult(
             upload_of(trained, state=only_shared(trained.state, ())),
             report_of(session, trained),
@@ -53,4 +66,8 @@ def train_client(
         )
 
 
-RUNS = {"local": replace(adapter_method(init_lora), aggregate=aggregate, train_client=train_client)}
+RUNS = {
+    "local": replace(
+        adapter_method(init_lora), aggregate=aggregate, train_client=train_client, start=start
+    )
+}

@@ -52,7 +52,7 @@ def train_client(
         Whether the ensemble is trained and its weight learned, for which the embedding set is held
         back; otherwise the weight is 1/2.
     """
-    from fedamole.client import ClientResult, locally_trained, report_of, upload_of
+    from fedamole.client import ClientResult, Start, locally_trained, report_of, upload_of
     from fedamole.mutual import Ensemble
 
     run = session.settings.run
@@ -65,9 +65,8 @@ def train_client(
     ensemble = Ensemble(before.numbers.get("weight", 0.5))
     both = with_two_experts(state, _side_by_side(before.groups, state))
     form = ensemble.form(joint_loss=learns_weight)
-    with locally_trained(
-        session, client, round_, both, form, with_embedding_set=not learns_weight
-    ) as trained:
+    start = Start(both, with_embedding_set=not learns_weight)
+    with locally_trained(session, client, round_, start, form) as trained:
         if learns_weight:
             ensemble.weight = _learned_weight(session, trained, ensemble.weight)
         private, shared = _apart(trained.state, state)
@@ -111,9 +110,13 @@ def _apart(trained: ClientState, state: ClientState) -> tuple[Tensors, ClientSta
 
 RUNS = {
     "fml": replace(
-        adapter_method(init_lora), train_client=partial(train_client, learns_weight=False)
+        adapter_method(init_lora),
+        train_client=partial(train_client, learns_weight=False),
+        start=None,
     ),
     "fedapen": replace(
-        adapter_method(init_lora), train_client=partial(train_client, learns_weight=True)
+        adapter_method(init_lora),
+        train_client=partial(train_client, learns_weight=True),
+        start=None,
     ),
 }

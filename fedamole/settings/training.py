@@ -66,7 +66,17 @@ class TrainingSettings(Section):
     gradient_clipping: float = Field(default=0.0, ge=0)
     """Largest gradient norm; 0 does not clip."""
     ranks: int = Field(default=1, ge=1)
-    """Processes (GPUs) that train one client together."""
+    """Processes (GPUs) that train one client together; of packs each one trains its own."""
+    pack_clients: int = Field(default=1, ge=1)
+    """Clients that train at once through one frozen backbone, each with its own experts, optimizer
+    and examples. The numbers are those of separate training but for the last bits. Methods that put
+    something else than LoRA experts into the model train one client after another all the same."""
+    pack_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens of one forward pass of a pack, padding included; default: those of a step, or
+    what pack_memory_gb leaves room for. A micro-batch that is larger goes alone."""
+    pack_memory_gb: float | None = Field(default=None, gt=0)
+    """Memory for what a forward pass of a pack keeps for its backward pass, in GB (10^9 bytes);
+    pack_tokens follows from it and from the size of the backbone."""
     cpu_threads: int = Field(default=1, ge=1)
     """Threads of each process on a CPU. A setting, because sums in another order differ in the last
     bits."""
@@ -83,6 +93,16 @@ class TrainingSettings(Section):
             raise ValueError(
                 f"min_steps {self.min_steps} must not exceed steps {most}, and goes with steps only"
             )
+        self._check_packs()
+        self._check_deepspeed()
+        if self.pack_clients > 1:
+            # Every rank has clients of its own, each with its whole batch.
+            if self.batch_size % self.sequences_per_pass:
+                raise ValueError(
+                    f"batch_size {self.batch_size} must be a multiple of micro_batch_size "
+                    f"{self.micro_batch_size}"
+                )
+            return self
         if self.batch_size % self.ranks:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of ranks {self.ranks}"
@@ -92,6 +112,10 @@ class TrainingSettings(Section):
                 f"batch_size {self.batch_size} must be a multiple of ranks * micro_batch_size "
                 f"({self.ranks} * {self.sequences_per_pass})"
             )
+        return self
+
+    def _check_deepspeed(self) -> None:
+        """Refuse keys that DeepSpeed would ignore, or that are set here."""
         reserved = {"train_batch_size", "train_micro_batch_size_per_gpu", "optimizer", "scheduler"}
         reserved |= {"gradient_accumulation_steps", "gradient_clipping", "fp16", "bf16"}
         if taken := sorted(reserved & set(self.deepspeed)):
@@ -111,7 +135,25 @@ class TrainingSettings(Section):
                 f"deepspeed zero_optimization: key {unknown[0]!r} is not allowed; "
                 f"allowed: {', '.join(ZERO_KEYS)}"
             )
-        return self
+
+    def _check_packs(self) -> None:
+        """Refuse settings of packs that exclude each other."""
+        if self.pack_tokens and self.pack_memory_gb:
+            raise ValueError("pack_tokens and pack_memory_gb exclude each other")
+        if self.pack_clients == 1 and (self.pack_tokens or self.pack_memory_gb):
+            raise ValueError("pack_tokens and pack_memory_gb need pack_clients above 1")
+        zero = self.deepspeed.get("zero_optimization", {})
+        if self.pack_clients > 1 and isinstance(zero, dict):
+            if zero.get("stage") == 3:
+                raise ValueError(
+                    f"pack_clients {self.pack_clients} needs the whole backbone in every process; "
+                    "with ZeRO stage 3 only 1 is possible"
+                )
+            if "offload_optimizer" in zero:
+                raise ValueError(
+                    f"pack_clients {self.pack_clients} keeps Adam's state where the model is; "
+                    "leave offload_optimizer out"
+                )
 
     def most_steps(self, num_examples: float) -> int:
         """Optimizer steps of a round on so many examples; on the fastest device if they differ."""
@@ -122,7 +164,20 @@ class TrainingSettings(Section):
     @property
     def sequences_per_pass(self) -> int:
         """Sequences per forward pass of one rank."""
-        return self.micro_batch_size or self.batch_size // self.ranks
+        ranks = 1 if self.pack_clients > 1 else self.ranks
+        return self.micro_batch_size or self.batch_size // ranks
+
+    @property
+    def one_by_one(self) -> "TrainingSettings":
+        """The same without packs: for methods whose clients cannot be packed.
+
+        Raises
+        ------
+        ValueError
+            If the ranks of a client cannot share its batches.
+        """
+        packs = {"pack_clients", "pack_tokens", "pack_memory_gb"}
+        return TrainingSettings(**self.model_dump(exclude=packs))
 
     @property
     def zero_stage(self) -> int:

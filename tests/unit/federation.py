@@ -10,7 +10,7 @@ import torch
 
 from fedamole.artifacts import Header
 from fedamole.backbone import describe, prepare_backbone
-from fedamole.client import ClientResult, ClientSession
+from fedamole.client import ClientResult, ClientSession, train_packed
 from fedamole.config import load_config, read_yaml
 from fedamole.datasets.tokens import TokenStore
 from fedamole.methods import load
@@ -88,9 +88,16 @@ class Federation:
             assignment = method.assign(run, pool, number)
             pool_file = folder / f"pool_{number}.h5"
             write_pool(pool_file, Header("pool", "0" * 64), pool)
-            states, results, uploads = {}, {}, []
-            for client in run.population.reporting(number):
-                states[client] = read_client_state(pool_file, assignment, client)
+            reporting = run.population.reporting(number)
+            states = {k: read_client_state(pool_file, assignment, k) for k in reporting}
+            results, uploads = {}, []
+            for client in reporting:
+                if client % run.training.pack_clients == 0 and run.training.pack_clients > 1:
+                    pack = reporting[client : client + run.training.pack_clients]
+                    starts = {
+                        k: method.start(session, k, number, states[k], kept.get(k)) for k in pack
+                    }
+                    train_packed(session, number, starts)
                 state = read_client_state(pool_file, assignment, client)
                 result = method.train_client(session, client, number, state, kept.get(client))
                 results[client] = result

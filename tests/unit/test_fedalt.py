@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from fedamole.backbone import load_backbone
 from fedamole.batches import collate
-from fedamole.client import evaluate_client, locally_trained
+from fedamole.client import Start, evaluate_client, locally_trained
 from fedamole.errors import FedamoleError
 from fedamole.evaluation import evaluation_loss
 from fedamole.methods.building_blocks import Tensors, two_experts, with_two_experts
@@ -277,7 +277,7 @@ def test_the_rest_of_the_world_keeps_every_bit(
     session = federation.session("fedalt", training={"deepspeed": {"zero_optimization": zero}})
     state, own = played[1].states[1], played[0].results[1].kept.groups
     both = with_two_experts(state, side_by_side(own, state))
-    with locally_trained(session, 1, 2, both, form(), with_embedding_set=True) as trained:
+    with locally_trained(session, 1, 2, Start(both, True), form()) as trained:
         after = two_experts(trained.state)
     for name, group in state.groups.items():
         for key in LORA:

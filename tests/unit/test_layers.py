@@ -30,6 +30,8 @@ LAYERS = [
         "client",
         "forms",
         "mutual",
+        "packed_layer",
+        "packing",
         "soft_prompts",
         "token_embeddings",
         "doctor",
