@@ -1,7 +1,7 @@
-"""What the benchmarks share: interleaved timing, ratios, the machine, claims with their targets.
+"""What the benchmarks share: interleaved timing, ratios, the machine, claims and their targets.
 
-A benchmark is a file here with a `measure(quick)` that gives :class:`Claim` objects; `run.py` prints
-them beside their targets, writes them to `results/`, and compares them with what is committed there.
+A benchmark is a file here whose `measure(quick)` gives :class:`Claim` objects. `run.py` prints them
+beside their targets, writes them to `results/`, and compares them with what is committed there.
 """
 
 import os
