@@ -3,7 +3,7 @@
     python benchmarks/run.py                    # measure, write results/, draw the picture
     python benchmarks/run.py --only step layer  # some of them
     python benchmarks/run.py --check            # a reduced size, against results/guard.json
-    python benchmarks/run.py --guard            # take the reduced size of today as that to compare with
+    python benchmarks/run.py --guard           # take the reduced size of today for that
 
 Ratios differ between kinds of processors, so the guard knows one set for each; on a kind that it
 does not know it compares nothing and says so.

@@ -17,8 +17,14 @@ def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("value", "larger_is_better", "lost"),
-    [(1.10, False, False), (1.16, False, True), (0.5, False, False)]
-    + [(0.90, True, False), (0.86, True, True), (2.0, True, False)],
+    [
+        (1.1, False, False),
+        (1.16, False, True),
+        (0.5, False, False),
+        (0.9, True, False),
+        (0.86, True, True),
+        (2.0, True, False),
+    ],
 )
 def test_a_loss_of_fifteen_percent_fails(value: float, larger_is_better: bool, lost: bool) -> None:
     import run
