@@ -22,6 +22,8 @@ from fedamole.errors import ClientError
 from fedamole.evaluation import Score, accuracy, evaluation_loss, rouge_of_answers
 from fedamole.forms import MIXTURE, Form
 from fedamole.packing import PackedClient, PackedResult, train_pack
+from fedamole.planning.memory import pack_tokens
+from fedamole.planning.model_size import model_size
 from fedamole.pools import ClientState, KeptState, Upload
 from fedamole.privacy import perturb_embedded
 from fedamole.stages import ClientStage
@@ -310,8 +312,9 @@ def train_packed(session: ClientSession, round_: int, starts: Mapping[int, Start
     backbone = session.backbone()
     backbone.to(session.device)  # type: ignore[arg-type]
     optimizer = next(iter(starts.values())).optimizer
+    most_tokens = pack_tokens(run, model_size(run.backbone, session.folder))
     session.trained_in_pack = train_pack(
-        backbone, clients, round_, run, session.store, session.device, optimizer
+        backbone, clients, round_, run, session.store, session.device, optimizer, most_tokens
     )
 
 

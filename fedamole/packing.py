@@ -268,6 +268,7 @@ def train_pack(
     store: TokenStore,
     device: torch.device,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    most_tokens: int | None = None,
 ) -> dict[int, PackedResult | ClientError]:
     """Train several clients for one round.
 
@@ -287,6 +288,8 @@ def train_pack(
         Of this process.
     optimizer
         A fresh one for all; it must treat every number by itself, as Adam does.
+    most_tokens
+        Of one forward pass, padding included; default: all of a step.
 
     Returns
     -------
@@ -295,7 +298,7 @@ def train_pack(
         feel it.
     """
     with packed_adapters(backbone, [c.state for c in clients], run.adapter) as adapters:
-        training = _Training(clients, round_, run, store, device, adapters)
+        training = _Training(clients, round_, run, store, device, adapters, most_tokens)
         training.run_steps(backbone, optimizer)
     return training.results
 
@@ -310,6 +313,7 @@ class _Training:
     store: TokenStore
     device: torch.device
     adapters: PackedAdapters
+    most_tokens: int | None
 
     def __post_init__(self) -> None:
         self.results: dict[int, PackedResult | ClientError] = {}
@@ -365,7 +369,7 @@ class _Training:
             lengths,
             settings.sequences_per_pass,
             PASS_COST[self.device.type],
-            settings.pack_tokens,
+            self.most_tokens,
         )
         for number, indices in enumerate(plan):
             chosen = [units[index] for index in indices]

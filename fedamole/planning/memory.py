@@ -12,8 +12,10 @@ from fedamole.planning.contents import contents_of, virtual_tokens
 from fedamole.planning.model_size import ModelSize
 from fedamole.planning.volumes import FLOAT, adapters_of
 from fedamole.planning.workload import sequences_per_pass, works_of
+from fedamole.settings import AdapterSettings, BackboneSettings
+from fedamole.stages import RunStage
 
-MB = 2**20
+MB, GB = 2**20, 10**9
 BYTES = {"float32": 4, "bfloat16": 2}
 # Of a weight in 4 bits and its share of the scales: one of 64 weights in float32, or in 8 bits with
 # one of 256 scales in float32 (Dettmers et al. 2023, arXiv:2305.14314, section 3).
@@ -142,6 +144,9 @@ def _adapters(config: Config, size: ModelSize, zero: ZeRO) -> float:
         for scenario in config.scenarios
         for work in works_of(config)
     )
+    if config.training.pack_clients > 1:
+        # Weights, gradients and Adam's two moments of every client of the pack.
+        return FLOAT * numbers * 4 * config.training.pack_clients
     ranks = config.training.ranks
     weights = 1 / ranks if zero.stage == 3 else 1.0
     gradients = 1 / ranks if zero.stage >= 2 else 1.0
@@ -153,15 +158,74 @@ def _adapters(config: Config, size: ModelSize, zero: ZeRO) -> float:
 def training_bytes(config: Config, size: ModelSize, checkpointing: bool) -> float:
     """What one forward pass of one rank keeps for its backward pass, logits included."""
     sequences, length = _models(config) * sequences_per_pass(config), _longest(config)
+    each = _kept_bytes(pass_of(config), size, checkpointing)
+    if config.training.pack_clients == 1:
+        return sequences * length * each + _logits(config, size, sequences)
+    if config.training.pack_memory_gb:
+        return max(GB * config.training.pack_memory_gb, sequences * length * each)
+    tokens = sequences * length * config.training.pack_clients
+    if config.training.pack_tokens:
+        tokens = min(tokens, max(config.training.pack_tokens, sequences * length))
+    return tokens * each + _logits(config, size, math.ceil(tokens / length))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What of the settings decides how much a forward pass keeps of a token.
+
+    Attributes
+    ----------
+    backbone, adapter
+        Their sections.
+    max_experts
+        Most domain experts of a client in one module.
+    longest
+        Tokens of the longest sequence.
+    """
+
+    backbone: BackboneSettings
+    adapter: AdapterSettings
+    max_experts: int
+    longest: int
+
+
+def pass_of(config: Config) -> Pass:
+    """Passes of the study with the most to keep."""
+    experts = config.assignment.max_experts
+    return Pass(config.backbone, config.adapter, experts, _longest(config))
+
+
+def pack_tokens(run: RunStage, size: ModelSize | None) -> int | None:
+    """Most tokens of a pass of a pack; from the memory for it, if that is what is given.
+
+    Parameters
+    ----------
+    run
+        The run.
+    size
+        Its model; needed where memory is given.
+    """
+    training, scenario = run.training, run.scenario
+    if training.pack_memory_gb is None:
+        return training.pack_tokens
+    assert size is not None, "the backbone of a job is prepared, so its size is known"
+    kept = Pass(run.backbone, run.adapter, run.assignment.max_experts, scenario.max_length)
+    each = _kept_bytes(kept, size, run.backbone.gradient_checkpointing)
+    each += LONGEST_ANSWER[scenario.dataset.task] * _logit_bytes(run.backbone, size)
+    return max(1, int(GB * training.pack_memory_gb / each))
+
+
+def _kept_bytes(settings: Pass, size: ModelSize, checkpointing: bool) -> float:
+    """Bytes that a pass keeps of one token for its backward pass, without logits."""
+    everything = activation_bytes(settings, size)
+    if not checkpointing:
+        return everything
+    # The input of every layer, and one layer at a time as without.
     layers = size.num_decoder_layers
-    everything = activation_bytes(config, size)
-    if checkpointing:
-        # The input of every layer, and one layer at a time as without.
-        everything = everything / layers + layers * size.hidden_size * BYTES[config.backbone.dtype]
-    return sequences * length * everything + _logits(config, size, sequences)
+    return everything / layers + layers * size.hidden_size * BYTES[settings.backbone.dtype]
 
 
-def activation_bytes(config: Config, size: ModelSize) -> float:
+def activation_bytes(settings: Pass, size: ModelSize) -> float:
     """Bytes that all layers keep of one token for the backward pass of a frozen model.
 
     A linear layer keeps nothing, but what uses its output does; the gated product of the MLP is one
@@ -169,14 +233,15 @@ def activation_bytes(config: Config, size: ModelSize) -> float:
     numbers for every expert, eager attention the scores of all tokens before.
     """
     outputs = sum(layer.out_features for layer in size.layers)
-    kept = BYTES[config.backbone.dtype] * (outputs + size.num_decoder_layers * size.gate_width)
-    if config.backbone.attention == "eager":
-        scores = size.num_decoder_layers * size.num_attention_heads * _longest(config)
+    width = BYTES[settings.backbone.dtype]
+    kept = width * (outputs + size.num_decoder_layers * size.gate_width)
+    if settings.backbone.attention == "eager":
+        scores = size.num_decoder_layers * size.num_attention_heads * settings.longest
         kept += SCORE * scores
     norms = 2 * FLOAT * size.num_decoder_layers * size.hidden_size
-    experts = config.assignment.max_experts + 1
-    adapted = len(size.adapted(config.adapter.target_modules))
-    return kept + norms + FLOAT * adapted * experts * (2 * config.adapter.rank + 2)
+    adapted = len(size.adapted(settings.adapter.target_modules))
+    numbers = (settings.max_experts + 1) * (2 * settings.adapter.rank + 2)
+    return kept + norms + FLOAT * adapted * numbers
 
 
 def testing_bytes(config: Config, size: ModelSize) -> float:
@@ -184,7 +249,8 @@ def testing_bytes(config: Config, size: ModelSize) -> float:
     sequences, length = _models(config) * config.evaluation.batch_size, _longest(config)
     width = BYTES[config.backbone.dtype]
     # One layer after another.
-    layer = sequences * length * activation_bytes(config, size) / size.num_decoder_layers
+    kept = activation_bytes(pass_of(config), size)
+    layer = sequences * length * kept / size.num_decoder_layers
     cached = length + config.evaluation.max_new_tokens
     cache = sequences * cached * size.num_decoder_layers * size.key_value_width * width
     return layer + max(_logits(config, size, sequences), cache)
@@ -195,8 +261,12 @@ def _logits(config: Config, size: ModelSize, sequences: int) -> float:
     positions = max(
         scenario.max_length * LONGEST_ANSWER[scenario.dataset.task] for scenario in config.scenarios
     )
-    each = size.vocab_size * (BYTES[config.backbone.dtype] + 2 * FLOAT)
-    return sequences * positions * each
+    return sequences * positions * _logit_bytes(config.backbone, size)
+
+
+def _logit_bytes(backbone: BackboneSettings, size: ModelSize) -> float:
+    """Bytes of the logits of one position, and of two more copies in float32."""
+    return size.vocab_size * (BYTES[backbone.dtype] + 2 * FLOAT)
 
 
 def _longest(config: Config) -> int:

@@ -36,6 +36,7 @@ from fedamole.planning.memory import (
     activation_bytes,
     gpu_memory,
     job_memory_mb,
+    pass_of,
     training_bytes,
 )
 from fedamole.planning.model_size import ModelSize, model_size, of_dimensions
@@ -306,7 +307,8 @@ def test_activations_are_what_autograd_keeps(dtype: str, configs: Path) -> None:
     ]
     # The difference leaves out what does not grow with the tokens.
     per_token = (real[1] - real[0]) / 128
-    assert activation_bytes(config, of_dimensions(SMALL, "")) == pytest.approx(per_token, 0.03)
+    expected = activation_bytes(pass_of(config), of_dimensions(SMALL, ""))
+    assert expected == pytest.approx(per_token, 0.03)
 
 
 @pytest.mark.usefixtures("plain_linear")
@@ -333,7 +335,7 @@ def test_activations_of_other_models_are_about_what_autograd_keeps(
     kept = saved_bytes(model.to(torch.bfloat16).requires_grad_(False), experts, tokens)
     heads = {} if family == "llama" else {"num_key_value_heads": None}
     size = of_dimensions(SMALL.model_copy(update={"family": family, **heads}), "")
-    assert tokens * activation_bytes(config, size) == pytest.approx(kept, rel=0.2)
+    assert tokens * activation_bytes(pass_of(config), size) == pytest.approx(kept, rel=0.2)
 
 
 def size_of(config: Config) -> ModelSize:
@@ -475,7 +477,7 @@ def test_two_models_side_by_side_cost_twice_the_operations(configs: Path) -> Non
     assert mutual == pytest.approx(2 * alone)
 
 
-def test_under_dp_sgd_every_example_has_a_pass_of_its_own(configs: Path) -> None:
+def test_under_dp_sgd_every_example_has_apass_of_its_own(configs: Path) -> None:
     training = {"steps": 5, "batch_size": 4}
     dp_sgd = {"noise_multiplier": 1.0, "max_grad_norm": 1.0}
     plain, private = (

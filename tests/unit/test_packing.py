@@ -18,7 +18,17 @@ from fedamole.client import ClientSession, train_packed
 from fedamole.errors import ClientError, FedamoleError
 from fedamole.launching import Layout
 from fedamole.methods import load
-from fedamole.packing import clip_by_client, layer_seeds, plan_passes
+from fedamole.packed_layer import packed_adapters
+from fedamole.packing import (
+    PackedModel,
+    Unit,
+    clip_by_client,
+    layer_seeds,
+    pack_batch,
+    plan_passes,
+)
+from fedamole.planning.memory import pack_tokens
+from fedamole.planning.model_size import model_size
 from fedamole.pools import ClientState
 from fedamole.registry import RUNS
 
@@ -183,6 +193,49 @@ def test_layers_draw_the_seeds_that_they_draw_alone() -> None:
     torch.manual_seed(7)
     alone = [int(torch.randint(2**62, ())) for _ in range(60)]
     assert layer_seeds(7, 60) == alone
+
+
+def kept_bytes(session: ClientSession, starts: dict[int, Any], rows: list[np.ndarray]) -> int:
+    """Bytes that autograd keeps of one pass over these rows of each client."""
+    states = [start.state for start in starts.values()]
+    store, backbone = session.store, session.backbone()
+    weights = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
+    units = [
+        Unit(place, 0, mine, max(len(store.ids(row)) for row in mine))
+        for place, mine in enumerate(rows)
+    ]
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with packed_adapters(backbone, states, session.settings.run.adapter) as adapters:
+        weights |= {p.untyped_storage().data_ptr() for p in adapters.parameters()}
+        model = PackedModel(backbone, adapters).train()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = model(pack_batch(units, store), [0] * len(units), session.device)
+        assert outputs
+        return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+
+
+def test_a_pass_keeps_what_the_memory_of_a_pack_allows(
+    federation: Federation, tmp_path: Path
+) -> None:
+    budget = 200_000
+    session = federation.session("fedamole", **packs(pack_memory_gb=budget / 1e9))
+    starts = start_pack(session, federation, tmp_path / "states")
+    run, store = session.settings.run, session.store
+    most = pack_tokens(run, model_size(run.backbone, federation.folder))
+    assert most is not None
+    once = [store.clients[client].train[:1] for client in starts]
+    twice = [np.repeat(rows, 4) for rows in once]
+    longest = max(len(store.ids(rows[0])) for rows in once)
+    more_tokens = 3 * len(once) * longest
+    per_token = (kept_bytes(session, starts, twice) - kept_bytes(session, starts, once)) / (
+        more_tokens
+    )
+    assert most * per_token == pytest.approx(budget, rel=0.2)
 
 
 # ----------------------------------------------------------------------------- passes and clipping
