@@ -67,7 +67,7 @@ class ScoredModel(nn.Module):
         """Logits (B, P, V) at the positions of a batch."""
         logits_BPV: torch.Tensor = self.model(
             input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
+            attention_mask=batch.mask,
             logits_to_keep=batch.positions,
             use_cache=False,
         ).logits
