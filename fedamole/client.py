@@ -25,6 +25,7 @@ from fedamole.pools import ClientState, KeptState, Upload
 from fedamole.privacy import perturb_embedded
 from fedamole.stages import ClientStage
 from fedamole.training import (
+    FUSED_ADAM,
     LocalTraining,
     ScoredModel,
     TrainingRecord,
@@ -199,7 +200,7 @@ def locally_trained(
     form: Form = MIXTURE,
     *,
     with_embedding_set: bool,
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    optimizer: Callable[..., torch.optim.Optimizer] = FUSED_ADAM,
 ) -> Iterator[Trained]:
     """Train a client's model; it can be tested as long as the context is open.
 
