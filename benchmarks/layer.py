@@ -1,11 +1,9 @@
 """Cost of one adapted linear layer against the frozen layer it adapts.
 
-Forward plus backward CPU time on one thread, HMoLE and PEFT LoRA and the frozen base interleaved in
-one process, and the bytes kept for the backward pass:
+Forward plus backward CPU time on one thread, HMoLE and PEFT LoRA and the frozen base taking turns
+in one process, and the bytes kept for the backward pass:
 
-    python benchmarks/layer.py [--json FILE] [--repeats 30] [--dropout 0.05]
-
-A ratio is taken within a round, so that a slow moment of the machine hits all three alike.
+    python benchmarks/layer.py [--quick]
 """
 
 # Axes: T = tokens, D = width of the square layer
@@ -14,21 +12,19 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
-import numpy as np
 import torch
+from measuring import Claim, claim, interleaved
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from fedamole.hmole import HMoLELinear
 
 RANK, ALPHA, TOP_K = 8, 16.0, 2
+DROPOUTS = (0.0, 0.05)
 
 
 @dataclass(frozen=True)
@@ -44,13 +40,22 @@ class Shape:
     dtype: str
     """Data type of the base layer and the activations."""
 
+    target: float | None = None
+    """Greatest time over the frozen layer, without dropout."""
 
+    def __str__(self) -> str:
+        return f"{self.dtype} d={self.width} {self.tokens} tokens n={self.num_experts}"
+
+
+# Bounded over the frozen layer, and by a PEFT LoRA where the width is that of a large model.
+WIDE = 2048
+LORA_BOUND, SAVED_BOUND = 1.05, 1.3
 SHAPES = [
-    Shape(width=576, tokens=1024, num_experts=8, dtype="float32"),
-    Shape(width=2048, tokens=1024, num_experts=4, dtype="float32"),
+    Shape(width=576, tokens=1024, num_experts=8, dtype="float32", target=1.6),
+    Shape(width=2048, tokens=1024, num_experts=4, dtype="float32", target=1.12),
     Shape(width=576, tokens=1024, num_experts=8, dtype="bfloat16"),
     Shape(width=576, tokens=128, num_experts=8, dtype="bfloat16"),
-    Shape(width=2048, tokens=1024, num_experts=4, dtype="bfloat16"),
+    Shape(width=2048, tokens=1024, num_experts=4, dtype="bfloat16", target=1.15),
 ]
 
 
@@ -83,18 +88,6 @@ def make_step(layer: nn.Module, shape: Shape) -> Callable[[], None]:
     return step
 
 
-def measure_seconds(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, np.ndarray]:
-    """Return the CPU seconds of every repeat by name, the steps taking turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 2):
-        for name, step in steps.items():
-            start = time.process_time()
-            step()
-            if repeat >= 2:
-                seconds[name].append(time.process_time() - start)
-    return {name: np.array(values) for name, values in seconds.items()}
-
-
 def saved_bytes(layer: nn.Module, shape: Shape) -> int:
     """Return the bytes of distinct storages kept for backward, parameters not counted.
 
@@ -118,50 +111,53 @@ def saved_bytes(layer: nn.Module, shape: Shape) -> int:
     return sum(storages.values())
 
 
-def measure(shape: Shape, dropout: float, repeats: int) -> dict[str, object]:
-    """Return quartiles of the time ratios to the base layer, and the ratios of saved bytes to x."""
+def measure_shape(shape: Shape, dropout: float, repeats: int) -> list[Claim]:
+    """Compare the layers of one case."""
     layers = make_layers(shape, dropout)
     steps = {name: make_step(layer, shape) for name, layer in layers.items()}
-    seconds = measure_seconds(steps, repeats)
-    input_bytes = shape.tokens * shape.width * getattr(torch, shape.dtype).itemsize
-    record: dict[str, object] = {**asdict(shape), "dropout": dropout}
-    record["base_ms"] = 1000.0 * float(np.median(seconds["base"]))
-    for name in ("lora", "hmole"):
-        ratios = seconds[name] / seconds["base"]
-        record[f"{name}_time"] = [float(q) for q in np.quantile(ratios, [0.25, 0.5, 0.75])]
-        record[f"{name}_saved"] = saved_bytes(layers[name], shape) / input_bytes
-    return record
+    seconds = interleaved(steps, repeats)
+    base, lora, hmole = (seconds[name] for name in ("base", "lora", "hmole"))
+    case = f"{shape}, dropout {dropout:g}"
+    target = None if dropout else shape.target
+    bound = LORA_BOUND if shape.width >= WIDE else None
+    kept = saved_bytes(layers["hmole"], shape)
+    kept /= shape.tokens * shape.width * getattr(torch, shape.dtype).itemsize
+    saved = None if dropout else SAVED_BOUND
+    return [
+        claim(f"layer: HMoLE / frozen, {case}", hmole / base, target=target, guarded=True),
+        claim(f"layer: LoRA / frozen, {case}", lora / base),
+        claim(
+            f"layer: HMoLE / LoRA, {case}", hmole / lora, target=bound, guarded=bound is not None
+        ),
+        Claim(f"layer: kept for backward / x, {case}", kept, kept, kept, "x", saved, guarded=True),
+    ]
 
 
-def main() -> None:
-    """Measure every shape, print a table and write it as JSON if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="also write the records to this file")
-    parser.add_argument("--repeats", type=int, default=30, help="timed rounds per shape")
-    parser.add_argument("--dropout", type=float, nargs="*", default=[0.0, 0.05])
-    arguments = parser.parse_args()
+def measure(quick: bool) -> list[Claim]:
+    """Measure all claims; quick: fewer repeats, and no dropout."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     # PEFT 0.21 asks whatever it wraps for a property that transformers deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    print("shape                          dropout  base ms  LoRA time [quartiles]  saved ", end="")
-    print(" HMoLE time [quartiles]  saved")
-    records = []
-    for dropout in arguments.dropout:
-        for shape in SHAPES:
-            records.append(measure(shape, dropout, arguments.repeats))
-            print(format_record(records[-1]), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(records, indent=2) + "\n")
+    try:
+        return [
+            one
+            for dropout in DROPOUTS
+            for shape in SHAPES
+            if not (quick and dropout)
+            for one in measure_shape(shape, dropout, repeats=5 if quick else 30)
+        ]
+    finally:
+        torch.set_num_threads(threads)
 
 
-def format_record(record: dict) -> str:
-    """Return one line of the table."""
-    shape = "{dtype:8} d={width:4} {tokens:4} tok n={num_experts}".format(**record)
-    cells = [f"{shape:32} {record['dropout']:5.2f} {record['base_ms']:8.2f}"]
-    for name in ("lora", "hmole"):
-        low, median, high = record[f"{name}_time"]
-        cells.append(f"{median:7.2f} [{low:.2f}, {high:.2f}] {record[f'{name}_saved']:9.2f}x")
-    return " ".join(cells)
+def main() -> None:
+    """Print the claims."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, fewer cases")
+    for found in measure(parser.parse_args().quick):
+        target = "" if found.target is None else f"   target {found.target:g}"
+        print(f"{found.name:76} {found.value:6.3f} [{found.low:.3f}, {found.high:.3f}]{target}")
 
 
 if __name__ == "__main__":

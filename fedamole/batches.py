@@ -1,7 +1,7 @@
 """From rows of the token store to tensors: the example stream, padding, labels."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,21 +27,29 @@ class Batch:
         (B, P) the token that follows each of ``positions``; IGNORED where it is no response token.
     positions
         (P,) positions at which at least one sequence has a target: only there logits are needed.
+    padded
+        Whether there is any padding. Known on the host, so that nobody has to ask the device.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     targets: torch.Tensor
     positions: torch.Tensor
+    padded: bool = True
 
     def to(self, device: torch.device) -> "Batch":
         """Copy of the batch on a device."""
-        return Batch(
-            *(
-                tensor.to(device, non_blocking=True)
-                for tensor in (self.input_ids, self.attention_mask, self.targets, self.positions)
-            )
-        )
+        names = ("input_ids", "attention_mask", "targets", "positions")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, **moved)
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """What a model is to be given as attention mask: none where it would hide nothing.
+
+        Models would otherwise look for a zero in it, and layers multiply by ones.
+        """
+        return self.attention_mask if self.padded else None
 
     @property
     def num_targets(self) -> int:
@@ -61,7 +69,8 @@ def collate(sequences: Sequence[np.ndarray], prompt_lengths: Sequence[int], pad_
     pad_id
         Token id of the padding; any id will do, the mask hides it.
     """
-    longest = max(len(ids) for ids in sequences)
+    lengths = [len(ids) for ids in sequences]
+    longest = max(lengths)
     input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
     attention_mask = torch.zeros((len(sequences), longest), dtype=torch.long)
     labels = torch.full((len(sequences), longest + 1), IGNORED, dtype=torch.long)
@@ -73,7 +82,8 @@ def collate(sequences: Sequence[np.ndarray], prompt_lengths: Sequence[int], pad_
     # The logits at position t predict token t + 1.
     shifted = labels[:, 1:]
     positions = (shifted != IGNORED).any(0).nonzero()[:, 0]
-    return Batch(input_ids, attention_mask, shifted[:, positions], positions)
+    padded = min(lengths) < longest
+    return Batch(input_ids, attention_mask, shifted[:, positions], positions, padded)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from fedamole.pools import ClientState, KeptState, Upload
 from fedamole.privacy import perturb_embedded
 from fedamole.stages import ClientStage
 from fedamole.training import (
+    FUSED_ADAM,
     ScoredModel,
     TrainingRecord,
     engine_for,
@@ -169,7 +170,7 @@ class Start:
 
     state: ClientState
     with_embedding_set: bool
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
+    optimizer: Callable[..., torch.optim.Optimizer] = FUSED_ADAM
 
 
 @dataclass(frozen=True, eq=False)

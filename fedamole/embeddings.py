@@ -72,7 +72,7 @@ def embed_client(
             # The head is of no use here: one position is the least it can be asked for.
             scored.model(
                 input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
+                attention_mask=batch.mask,
                 logits_to_keep=1,
                 use_cache=False,
             )

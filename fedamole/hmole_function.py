@@ -27,6 +27,7 @@ difference.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,9 +186,13 @@ def combine(
     )
 
 
-def _full_precision(tensor: Tensor) -> torch.autocast:
+def _full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which autocast lowers no precision on the device of `tensor`."""
-    return torch.autocast(device_type=tensor.device.type, enabled=False)
+    device_type = tensor.device.type
+    # Entering autocast costs as much as a product of a short sequence.
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type=device_type, enabled=False)
 
 
 def _stacked_projections(lora_A: Tensor, router_weight: Tensor | None) -> Tensor:
@@ -262,7 +267,7 @@ class _Project(torch.autograd.Function):
         ctx.save_for_backward(x_TD, lora_A, router_weight)
         ctx.set_materialize_grads(False)
         ctx.num_projected = _num_projected(lora_A, mixture, dropout)
-        ctx.frozen = mixture.frozen
+        ctx.frozen = mixture.frozen if mixture.frozen_experts else None
         ctx.dropout = dropout
         with _full_precision(x_TD):
             tokens_TD = x_TD.to(lora_A.dtype)
@@ -322,7 +327,7 @@ def _project_backward(
             if grad_A is not None:
                 path_MRD[..., : ctx.num_projected, :, :] += grad_A
             grad_A = path_MRD
-    if grad_A is not None:
+    if grad_A is not None and ctx.frozen is not None:
         grad_A[..., ctx.frozen, :, :] = 0.0
     if grad_TD is not None:
         grad_TD = grad_TD.to(x_TD.dtype)
@@ -381,7 +386,8 @@ def _combine_backward(
     weights_M1T = _weights(routing.q_NT, lora_B, mixture.scale)
     grad_LO = _weight_gradient((lora_MRT * weights_M1T).flatten(0, 1), grad_TO, lora_B)
     grad_B = grad_LO.unflatten(-2, lora_MRT.shape[:2]).transpose(-1, -2).contiguous()
-    grad_B[..., mixture.frozen, :, :] = 0.0
+    if mixture.frozen_experts:
+        grad_B[..., mixture.frozen, :, :] = 0.0
     grad_MRT = _columns(grad_TO, _stacked_outputs(lora_B)).view_as(lora_MRT)
     grad_read = None
     if routing.p_NT is not None:

@@ -131,6 +131,8 @@ class HMoLEModel(BaseTuner):
         self.routing_context = RoutingContext()
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        # Asked for in every step; a search through all modules takes a millisecond per ten layers.
+        self.hmole_layers = _layers_within(model)
         self._mask_hook = model.register_forward_pre_hook(
             _AttentionMaskReader(self.routing_context), with_kwargs=True
         )
@@ -188,6 +190,7 @@ class HMoLEModel(BaseTuner):
     def unload(self) -> nn.Module:
         """Return the backbone as it was before the adapter."""
         self._mask_hook.remove()
+        self.hmole_layers = {}
         return super().unload()
 
 
@@ -280,9 +283,12 @@ def hmole_layers(model: nn.Module) -> dict[str, HMoLELinear]:
     """
     tuners = (module for module in model.modules() if isinstance(module, HMoLEModel))
     tuner = next(tuners, None)
-    backbone = model if tuner is None else tuner.model
+    return _layers_within(model) if tuner is None else dict(tuner.hmole_layers)
+
+
+def _layers_within(model: nn.Module) -> dict[str, HMoLELinear]:
     return {
-        name: module for name, module in backbone.named_modules() if isinstance(module, HMoLELinear)
+        name: module for name, module in model.named_modules() if isinstance(module, HMoLELinear)
     }
 
 

@@ -39,7 +39,7 @@ class PackContext:
     client_U
         The same as int64 on the device.
     token_mask_BT
-        True where a token is real.
+        True where a token is real; None where all are.
     sequences
         Sequences of each unit.
     lengths

@@ -27,6 +27,7 @@ from fedamole.pools import ClientState
 from fedamole.randomness import derive_seed
 from fedamole.stages import RunStage
 from fedamole.training import (
+    FUSED_ADAM,
     TrainingRecord,
     check_finite,
     learning_rate,
@@ -99,8 +100,10 @@ class PackedBatch:
     ----------
     units
         What is in it.
-    input_ids, attention_mask
+    input_ids
         (B, T), the sequences of a unit one after another.
+    attention_mask
+        (B, T), or None where nothing is padded.
     positions_P
         Places in the flat (B * T) that predict a response token, in order.
     targets_P
@@ -111,7 +114,7 @@ class PackedBatch:
 
     units: tuple[Unit, ...]
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    attention_mask: torch.Tensor | None
     positions_P: torch.Tensor
     targets_P: torch.Tensor
     unit_P: torch.Tensor
@@ -178,7 +181,7 @@ def pack_batch(units: Sequence[Unit], store: TokenStore) -> PackedBatch:
     return PackedBatch(
         units=tuple(units),
         input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(mask),
+        attention_mask=None if mask.all() else torch.from_numpy(mask),
         positions_P=torch.from_numpy(np.concatenate(positions)),
         targets_P=torch.from_numpy(np.concatenate(targets)),
         unit_P=torch.from_numpy(np.concatenate(owners)),
@@ -232,10 +235,10 @@ class PackedModel(nn.Module):
             both float32.
         """
         context, units = self.adapters.context, batch.units
-        mask_BT = batch.attention_mask.to(device)
+        mask_BT = None if batch.attention_mask is None else batch.attention_mask.to(device)
         context.places = tuple(unit.place for unit in units)
         context.client_U = torch.tensor(context.places, device=device)
-        context.token_mask_BT = mask_BT.bool()
+        context.token_mask_BT = None if mask_BT is None else mask_BT.bool()
         context.sequences = len(units[0].rows)
         context.lengths = tuple(unit.length for unit in units)
         context.dropout_seeds = [layer_seeds(seed, len(self.adapters.layers)) for seed in seeds]
@@ -267,7 +270,7 @@ def train_pack(
     run: RunStage,
     store: TokenStore,
     device: torch.device,
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    optimizer: Callable[..., torch.optim.Optimizer] = FUSED_ADAM,
     most_tokens: int | None = None,
 ) -> dict[int, PackedResult | ClientError]:
     """Train several clients for one round.

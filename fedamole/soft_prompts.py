@@ -52,7 +52,7 @@ class SoftPromptModel(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None,
         logits_to_keep: torch.Tensor,
         use_cache: bool = False,
     ) -> Any:
@@ -61,12 +61,14 @@ class SoftPromptModel(nn.Module):
         Parameters
         ----------
         input_ids, attention_mask
-            (B, T) tokens, padded on the right.
+            (B, T) tokens, padded on the right; no mask where there is no padding.
         logits_to_keep
             (P,) positions in ``input_ids`` whose logits are given, (B, P, vocabulary).
         use_cache
             As in transformers.
         """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
         embeddings_BTD, mask_BT = self._behind_prompt(input_ids, attention_mask)
         return self.backbone(
             inputs_embeds=embeddings_BTD,

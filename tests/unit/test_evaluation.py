@@ -132,6 +132,14 @@ def test_a_batch_marks_just_the_response_tokens() -> None:
     assert batch.num_targets == 3
 
 
+def test_only_a_padded_batch_gives_the_model_a_mask() -> None:
+    padded = collate([np.array([5, 6, 7, 8]), np.array([9, 10])], [2, 1], pad_id=0)
+    even = collate([np.array([5, 6, 7]), np.array([8, 9, 10])], [2, 1], pad_id=0)
+    assert torch.equal(padded.mask, padded.attention_mask)
+    assert even.to(CPU).mask is None
+    assert even.attention_mask.tolist() == [[1, 1, 1], [1, 1, 1]]
+
+
 def test_one_rank_has_all_the_work() -> None:
     items = [[1], [2], [3]]
     assert share_of_rank(items) == items
