@@ -1,7 +1,7 @@
 """What the benchmarks share: interleaved timing, ratios, the machine, claims with their targets.
 
-A benchmark is a file here with a `measure(size)` that gives :class:`Claim` objects; `run.py` prints them
-beside their targets, writes them to `results/`, and compares them with what is committed there.
+A benchmark is a file here with a `measure(size)` that gives :class:`Claim` objects; `run.py`
+prints them beside their targets, writes them to `results/`, and compares them with what is there.
 """
 
 import os

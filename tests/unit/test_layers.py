@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "__init__"},
     {"registry", "settings", "mistakes", "config", "stages", "randomness", "participation"}
     | {"slurm", "slurm_site", "snakemake_profile", "launching", "backbone_limits"},
-    {"artifacts", "pools", "hdf5", "pool_files", "records", "progress", "owner"},
+    {"artifacts", "pools", "hdf5", "pool_files", "pool_parts", "records", "progress", "owner"},
     {"partition", "assignment", "aggregation", "targets", "results", "rendering", "tables"}
     | {"privacy", "accounting", "privacy_tables", "fusion"}
     | {"transport", "assignment_strategies", "assignment_measures", "assignment_table"}
