@@ -7,7 +7,7 @@ The tensors are those of the paper's setting unless a size says otherwise: q and
 # M = modules, E = domain experts of one module, K = clients, R = rank, N = rows a client holds
 
 import os
-import resource
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -201,37 +201,42 @@ class Cost:
     """Most resident memory, in 10^9 bytes."""
 
 
-def run_python(*arguments: str) -> Cost:
-    """Run this interpreter with arguments, silent, and measure it.
+# A program that runs another one and says what it took: exec would keep the most memory of before.
+MEASURED = """
+import sys, time
+sys.argv = sys.argv[1:]
+code = 0
+{body}
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print("cost", time.process_time(), peak.split()[1])
+sys.exit(code)
+"""
+COMMAND = """
+import fedamole.cli
+try:
+    code = fedamole.cli.main(sys.argv)
+except SystemExit as ended:
+    code = ended.code
+"""
+
+
+def run_command(arguments: Sequence[str]) -> Cost:
+    """Run a command of fedamole in a process of its own and measure it, start-up included."""
+    return run_python(COMMAND, *arguments)
+
+
+def run_python(body: str, *arguments: str) -> Cost:
+    """Run Python code in a process of its own and measure it.
 
     Raises
     ------
     RuntimeError
         If it fails.
     """
-    return run([sys.executable, *arguments])
-
-
-def run_command(arguments: Sequence[str]) -> Cost:
-    """Run a command of fedamole and measure it; see :func:`run_python`."""
-    return run_python("-m", "fedamole", *arguments)
-
-
-def run(command: Sequence[str]) -> Cost:
-    """Run a program, silent, and measure it alone.
-
-    The memory of a forked child counts what its parent had; spawned, it starts from nothing.
-    """
-    with open(os.devnull, "wb") as silent:  # noqa: PTH123
-        actions = [(os.POSIX_SPAWN_DUP2, silent.fileno(), fd) for fd in (1, 2)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "FEDAMOLE_LOG": "ERROR"}
-        child = os.posix_spawnp(command[0], command, environment, file_actions=actions)
-        _, status, usage = os.wait4(child, 0)
-    if code := os.waitstatus_to_exitcode(status):
-        raise RuntimeError(f"{' '.join(command[:4])} ended with {code}")
-    return Cost(usage.ru_utime + usage.ru_stime, _peak(usage))
-
-
-def _peak(usage: resource.struct_rusage) -> float:
-    """Linux counts kilobytes of 1024 bytes."""
-    return usage.ru_maxrss * 1024 / 1e9
+    command = [sys.executable, "-c", MEASURED.format(body=body), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FEDAMOLE_LOG": "ERROR"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments[:2])} ended with {done.returncode}: {done.stderr}")
+    _, cpu_s, kilobytes = done.stdout.splitlines()[-1].split()
+    return Cost(float(cpu_s), int(kilobytes) * 1024 / 1e9)

@@ -76,24 +76,36 @@ def write_parts(
         One or more: together all modules, in their order.
     """
     rest = iter(parts)
-    first = next(rest)
-    facts = {"modules": modules, "num_experts": first.num_experts, "round": first.round}
+    part: Pool | None = next(rest)
+    assert part is not None, "there is at least one part"
+    facts = {"modules": modules, "num_experts": part.num_experts, "round": part.round}
     made, written = [], dict.fromkeys(modules, 0)
     with writing(path, header, facts) as file:
-        for part in itertools.chain([first], rest):
-            arrays = _group_arrays(part.groups)
-            for key in sorted(arrays):
-                name = key.split("/")[1]
-                write_part(file, key, arrays[key], written[name], len(modules[name]))
-            for name, group in part.groups.items():
-                written[name] += len(group.modules)
+        while part is not None:
+            _write_tensors(file, part.groups, modules, written)
             made += [part.provenance] if part.provenance else []
-            # The variables would keep this part while the next one is made.
-            del part, arrays
+            # Otherwise this part is kept while the next one is made.
+            part = None
+            part = next(rest, None)
         if made:
             provenance = joined(made)
             for name in sorted(_provenance_arrays()):
                 write_array(file, f"provenance/{name}", getattr(provenance, name))
+
+
+def _write_tensors(
+    file: h5py.File,
+    groups: Mapping[str, PoolGroup],
+    modules: Mapping[str, Sequence[str]],
+    written: dict[str, int],
+) -> None:
+    """Write the tensors of some modules behind those that are written, which are counted on."""
+    arrays = _group_arrays(groups)
+    for path in sorted(arrays):
+        name = path.split("/")[1]
+        write_part(file, path, arrays[path], written[name], len(modules[name]))
+    for name, group in groups.items():
+        written[name] += len(group.modules)
 
 
 def read_sizes(

@@ -5,6 +5,7 @@ whether it runs over all modules at once or over some at a time.
 """
 
 # M = modules, E = domain experts of one module, K = clients
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import pairwise
@@ -39,7 +40,7 @@ def cut(modules: Mapping[str, int], module_bytes: Mapping[str, int], most: int) 
         return [{name: slice(0, count) for name, count in modules.items()}]
     parts: list[Part] = []
     for name, count in modules.items():
-        pieces = min(count, -(-count * module_bytes[name] // most))
+        pieces = math.ceil(count / max(1, most // max(1, module_bytes[name])))
         edges = [count * i // pieces for i in range(pieces + 1)]
         parts += [{name: slice(*edge)} for edge in pairwise(edges)]
     return parts

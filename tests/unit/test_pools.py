@@ -26,6 +26,7 @@ from fedamole.pool_files import (
     read_dropout,
     read_header,
     read_kept,
+    read_origin,
     read_pool,
     read_upload,
     write_assignment,
@@ -255,6 +256,21 @@ def test_a_client_reads_nothing_of_the_other_experts(tmp_path):
     assert held == 8 * 2**16
     assert held <= took < held + 2**15
     assert (tmp_path / "pool.h5").stat().st_size > 32 * held
+
+
+def test_a_server_that_assigns_reads_no_tensors(tmp_path):
+    pool = make_pool(experts=32, width=8192)
+    write_pool(tmp_path / "pool.h5", HEADER, pool)
+    before = _bytes_read()
+    origin = read_origin(tmp_path / "pool.h5", HEADER.digest)
+    took = _bytes_read() - before
+    assert took < 2**16 < (tmp_path / "pool.h5").stat().st_size / 100
+    assert origin.modules == pool.modules
+    assert origin.round == pool.round
+    for field in fields(Provenance):
+        np.testing.assert_array_equal(
+            getattr(origin.provenance, field.name), getattr(pool.provenance, field.name)
+        )
 
 
 def _bytes_read():
