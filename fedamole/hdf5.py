@@ -5,6 +5,7 @@ No compression, no pickle, no time stamps. What the arrays mean is in :mod:`feda
 
 import contextlib
 import json
+import os
 from collections import UserDict
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import h5py
 import numpy as np
-from h5py import h5s, h5t
+from h5py import h5f, h5p, h5s, h5t
 
 from fedamole.artifacts import Header, replacing
 from fedamole.errors import FedamoleError
@@ -20,6 +21,8 @@ from fedamole.pools import BFLOAT16
 
 # Fixed versions of the format: the bytes do not depend on the HDF5 library that h5py brings along.
 LIBVER = ("v110", "v110")
+# Bytes that are read at least, as one page of a disk.
+SIEVE = 4096
 
 
 def _bfloat16_type() -> h5t.TypeFloatID:
@@ -163,8 +166,7 @@ def opened(
             pass
         if not h5py.is_hdf5(path):
             raise FedamoleError(f"{path}: is not an HDF5 file, or only the start of one")
-        # NFS and Lustre refuse locks; files are replaced, never changed, so that none is needed.
-        file = _File(path, "r", locking=False)
+        file = _File(h5f.open(os.fsencode(path), h5f.ACC_RDONLY, _reading_access()))
     with file:
         with _reading(path):
             if "header" not in file.attrs or "facts" not in file.attrs:
@@ -173,6 +175,17 @@ def opened(
             facts = _Facts(path, _json(file.attrs["facts"]))
         header.check(path, kind or header.kind, digest)
         yield file, facts
+
+
+def _reading_access() -> h5p.PropFAID:
+    """How files are opened for reading."""
+    access = h5p.create(h5p.FILE_ACCESS)
+    access.set_fclose_degree(h5f.CLOSE_STRONG)
+    # NFS and Lustre refuse locks; files are replaced, never changed, so that none is needed.
+    access.set_file_locking(False, True)
+    # HDF5 would read 64 KiB around every smaller row.
+    access.set_sieve_buf_size(SIEVE)
+    return access
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ No compression, no pickle, no time stamps.
 """
 
 # M = modules, E = domain experts of one module, K = clients, R = rank, N = rows a client holds
-import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
