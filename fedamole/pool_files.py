@@ -37,7 +37,7 @@ from fedamole.hdf5 import (
     write_part,
     writing,
 )
-from fedamole.pool_parts import Part, joined, provenance_of, rows_of
+from fedamole.pool_parts import Part, by_module, joined, rows_of
 from fedamole.pools import (
     Assignment,
     ClientGroup,
@@ -153,9 +153,7 @@ def read_pool(path: Path, digest: str | None = None, part: Part | None = None) -
             )
             for name, rows in _wanted(names, part).items()
         }
-        provenance = _read_provenance(file, facts["round"])
-        if provenance and part is not None:
-            provenance = provenance_of(provenance, names, part)
+        provenance = _read_provenance(file, facts["round"], rows_of(names, _wanted(names, part)))
         return Pool(groups, facts["num_experts"], provenance)
 
 
@@ -355,8 +353,12 @@ def _provenance_arrays() -> list[str]:
     return [field.name for field in fields(Provenance) if field.name != "round"]
 
 
-def _read_provenance(file: h5py.File, round_: int) -> Provenance | None:
+def _read_provenance(file: h5py.File, round_: int, rows: slice | None = None) -> Provenance | None:
+    """Read where a pool comes from, of some of all modules."""
     if "provenance" not in file:
         return None
-    arrays = {name: read_array(file[f"provenance/{name}"]) for name in _provenance_arrays()}
+    arrays = {
+        name: read_array(file[f"provenance/{name}"], rows if name in by_module() else None)
+        for name in _provenance_arrays()
+    }
     return Provenance(round=round_, **arrays)

@@ -8,7 +8,7 @@ whether it runs over all modules at once or over some at a time.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -46,8 +46,8 @@ def cut(modules: Mapping[str, int], module_bytes: Mapping[str, int], most: int) 
     return parts
 
 
-def rows_of(groups: Mapping[str, Sequence[str]], part: Part) -> np.ndarray:
-    """Find a part's modules on the axis M of all modules.
+def rows_of(groups: Mapping[str, Sequence[str]], part: Part) -> slice:
+    """Find a part's modules, which follow each other, on the axis M of all modules.
 
     Parameters
     ----------
@@ -56,12 +56,11 @@ def rows_of(groups: Mapping[str, Sequence[str]], part: Part) -> np.ndarray:
     part
         Some of them.
     """
-    rows, start = [np.zeros(0, dtype=np.int64)], 0
-    for name, modules in groups.items():
-        chosen = part.get(name, slice(0, 0))
-        rows.append(start + np.arange(len(modules))[chosen])
-        start += len(modules)
-    return np.concatenate(rows)
+    starts = dict(zip(groups, accumulate(map(len, groups.values()), initial=0), strict=False))
+    rows = [(starts[name] + own.start, starts[name] + own.stop) for name, own in part.items()]
+    return (
+        slice(min(start for start, _ in rows), max(stop for _, stop in rows)) if rows else slice(0)
+    )
 
 
 def assignment_of(assignment: Assignment, modules: Sequence[str]) -> Assignment:
@@ -79,27 +78,18 @@ def assignment_of(assignment: Assignment, modules: Sequence[str]) -> Assignment:
     )
 
 
-def provenance_of(
-    provenance: Provenance, groups: Mapping[str, Sequence[str]], part: Part
-) -> Provenance:
-    """Give the provenance of some modules; see :func:`rows_of`."""
-    rows = rows_of(groups, part)
-    arrays: dict[str, Any] = {name: getattr(provenance, name)[rows] for name in _by_module()}
-    return replace(provenance, **arrays)
-
-
 def joined(parts: Sequence[Provenance]) -> Provenance:
     """Put the provenance of all parts of a pool together, in their order."""
     if len(parts) == 1:
         return parts[0]
     arrays: dict[str, Any] = {
-        name: np.concatenate([getattr(part, name) for part in parts]) for name in _by_module()
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in by_module()
     }
     return replace(parts[0], **arrays)
 
 
-def _by_module() -> list[str]:
-    """Names of the arrays of a provenance whose first axis is M."""
+def by_module() -> list[str]:
+    """List the arrays of a provenance whose first axis is M."""
     return [
         field.name for field in fields(Provenance) if field.name.rpartition("_")[2].startswith("M")
     ]

@@ -478,6 +478,17 @@ def test_a_pool_that_is_averaged_in_parts_is_the_same_file(round_files, monkeypa
     assert sha256(round_files.out_pool) == whole
 
 
+def test_a_part_of_a_trained_pool_has_its_part_of_the_provenance(round_files):
+    run_aggregate(round_files)
+    whole = read_pool(round_files.out_pool)
+    part = read_pool(round_files.out_pool, part={"v_proj": slice(1, 2)})
+    assert part.modules == whole.modules[3:4]
+    np.testing.assert_array_equal(part.provenance.tokens_MEK, whole.provenance.tokens_MEK[3:4])
+    np.testing.assert_array_equal(part.provenance.num_examples_K, whole.provenance.num_examples_K)
+    tensor = part.groups["v_proj"].experts["lora_A"]
+    np.testing.assert_array_equal(tensor, whole.groups["v_proj"].experts["lora_A"][1:2])
+
+
 def test_parts_hold_every_module_once_and_no_more_than_allowed():
     modules, sizes = {"a": 5, "b": 1, "c": 8}, {"a": 10, "b": 100, "c": 7}
     for most in (1, 20, 33, 100, 205, 206):
