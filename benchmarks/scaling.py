@@ -234,7 +234,7 @@ def _children_seconds() -> float:
 def draw(found: list[Growth]) -> Figure:
     """Draw a panel for each axis: cost over that at the smallest size, both in powers of ten."""
     axes_names = list(dict.fromkeys(growth.axis for growth in found))
-    figure = Figure(figsize=(11, 7.2), layout="constrained")
+    figure = Figure(figsize=(11, 8.6), layout="constrained")
     panels = figure.subplots(2, 3).flat
     for name, panel in zip(axes_names, panels, strict=False):
         _panel(panel, [growth for growth in found if growth.axis == name])
