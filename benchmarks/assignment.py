@@ -14,14 +14,13 @@ about 0.03 for SmolLM2-135M on the demo. A static assignment is a random one.
 
 import argparse
 import json
-import os
-import platform
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from measuring import RESULTS, Claim, claim, interleaved, machine, quartiles
 
 from fedamole.assignment import assign_experts, random_scores, score_experts, similarities
 from fedamole.assignment_strategies import assign_evenly, assign_greedily, choose_as_clients
@@ -30,7 +29,7 @@ from fedamole.transport import SOLVER
 
 RANK, WIDTH, CLUSTERS = 8, 256, 5
 MIN_EXPERTS, MAX_EXPERTS = 2, 8
-JSON = Path(__file__).parent / "results" / "assignment.json"
+JSON = RESULTS / "assignment.json"
 
 
 @dataclass(frozen=True)
@@ -99,29 +98,40 @@ def make_module(size: Size, sharpness: float, index: int) -> Module:
     )
 
 
-def measure(size: Size, sharpness: float, modules: int, repeats: int) -> list[dict[str, object]]:
+def records_of(size: Size, sharpness: float, modules: int, repeats: int) -> list[dict[str, object]]:
     """Measure all strategies on the modules of one size: one record each."""
     drawn = [make_module(size, sharpness, index) for index in range(modules)]
-    bounds = (size.choices, MIN_EXPERTS, MAX_EXPERTS)
-    times: dict[str, list[float]] = {name: [] for name in STRATEGIES}
-    found: dict[str, list[np.ndarray]] = {name: [] for name in STRATEGIES}
-    for repeat in range(repeats + 1):
-        for module in drawn:
-            for name, (solve, basis) in STRATEGIES.items():
-                began = time.process_time()
-                held_EK = solve(getattr(module, basis), *bounds)
-                milliseconds = 1000 * (time.process_time() - began)
-                # The first pass warms up, and gives the holders, which are the same every time.
-                if repeat:
-                    times[name].append(milliseconds)
-                else:
-                    found[name].append(held_EK)
+    found = {name: [_holders(name, size, module) for module in drawn] for name in STRATEGIES}
+    seconds = [_seconds(size, module, repeats) for module in drawn]
+    times = {name: 1000 * np.concatenate([each[name] for each in seconds]) for name in STRATEGIES}
     return [
         {**asdict(size), "sharpness": sharpness, "strategy": name}
-        | {"milliseconds": np.quantile(times[name], [0.25, 0.5, 0.75]).round(4).tolist()}
+        | {"milliseconds": np.round(quartiles(times[name]), 4).tolist()}
         | facts(drawn, found[name], found["rsea"])
         for name in STRATEGIES
     ]
+
+
+def _holders(strategy: str, size: Size, module: Module) -> np.ndarray:
+    """Hand out a module: (E, K) bool."""
+    solve, basis = STRATEGIES[strategy]
+    return solve(getattr(module, basis), size.choices, MIN_EXPERTS, MAX_EXPERTS)
+
+
+def _seconds(size: Size, module: Module, repeats: int) -> dict[str, np.ndarray]:
+    """Time the strategies in turns on one module, (repeats,) each."""
+    steps = {name: partial(_holders, name, size, module) for name in STRATEGIES}
+    return interleaved(steps, repeats, warm_up=1)
+
+
+def measure(quick: bool) -> list[Claim]:
+    """Cost of the optimum over that of going through the pairs in the order of their scores."""
+    claims = []
+    for size in SIZES[:2] if quick else SIZES:
+        seconds = _seconds(size, make_module(size, 1.0, 0), repeats=9)
+        name = f"RSEA over greedy assignment, {size.experts} experts x {size.clients} clients"
+        claims.append(claim(name, seconds["rsea"] / seconds["greedy"]))
+    return claims
 
 
 def facts(
@@ -139,22 +149,6 @@ def facts(
         "fewest_experts": float(np.mean([held.sum(axis=0).min() for held in found])),
         "most_experts": float(np.mean([held.sum(axis=0).max() for held in found])),
         "without_holder": float(np.mean([(~held.any(axis=1)).sum() for held in found])),
-    }
-
-
-def machine() -> dict[str, object]:
-    """Say what the times were taken on."""
-    models = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "processor": models[0] if models else platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "solver": SOLVER,
     }
 
 
@@ -190,11 +184,15 @@ def main() -> None:
     records = []
     for sharpness in arguments.sharpness:
         for size in SIZES:
-            measured = measure(size, sharpness, arguments.modules, arguments.repeats)
+            measured = records_of(size, sharpness, arguments.modules, arguments.repeats)
             print("\n".join(map(format_record, measured)), flush=True)
             records += measured
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine(), "modules": arguments.modules, "repeats": arguments.repeats}
+    content = {
+        "machine": machine() | {"solver": SOLVER},
+        "modules": arguments.modules,
+        "repeats": arguments.repeats,
+    }
     arguments.json.write_text(json.dumps(content | {"records": records}, indent=2) + "\n")
 
 

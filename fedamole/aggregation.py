@@ -119,7 +119,7 @@ class _Sums:
         self._add_client_embeddings(upload)
         for name, group in upload.state.groups.items():
             for key, values in group.shared.items():
-                self._shared[name][key] += np.float32(shared_weight) * to_float32(values)
+                self._shared[name][key] += _scaled(values, np.array(shared_weight))
             if group.experts:
                 self._add_experts(upload, name, shared_weight)
 
@@ -133,7 +133,10 @@ class _Sums:
         self._weight_ME[part][rows] += weight_N
         self._tokens_MEK[part, :, upload.client][rows] = tokens_N
         for key, values in group.experts.items():
-            self._experts[name][key][rows] += _scaled(values, weight_N)
+            sums = self._experts[name][key]
+            # Row by row: indexing all at once copies them twice.
+            for row, module, expert in zip(_scaled(values, weight_N), *rows, strict=True):
+                sums[module, expert] += row
         embeddings_NR = upload.expert_embeddings[name]
         self._expert_embeddings(embeddings_NR.shape[1])[part][rows] += _scaled(
             embeddings_NR, weight_N
@@ -216,7 +219,7 @@ def _over(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
 def _scaled(values: np.ndarray, weight_N: np.ndarray) -> np.ndarray:
     """Multiply rows by their weights, in float32."""
     wide = to_float32(values)
-    return wide * _over(weight_N, wide)
+    return wide if (weight_N == 1).all() else wide * _over(weight_N, wide)
 
 
 def _mean(sums: np.ndarray, weights: np.ndarray, previous: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ No compression, no pickle, no time stamps. What the arrays mean is in :mod:`feda
 
 import contextlib
 import json
+import os
 from collections import UserDict
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import h5py
 import numpy as np
-from h5py import h5s, h5t
+from h5py import h5f, h5p, h5s, h5t
 
 from fedamole.artifacts import Header, replacing
 from fedamole.errors import FedamoleError
@@ -20,6 +21,8 @@ from fedamole.pools import BFLOAT16
 
 # Fixed versions of the format: the bytes do not depend on the HDF5 library that h5py brings along.
 LIBVER = ("v110", "v110")
+# Bytes that are read at least, as one page of a disk.
+SIEVE = 4096
 
 
 def _bfloat16_type() -> h5t.TypeFloatID:
@@ -51,6 +54,14 @@ def write_arrays(
     FedamoleError
         If there is no space left or the folder cannot be written.
     """
+    with writing(path, header, facts) as file:
+        for name in sorted(arrays):
+            write_array(file, name, arrays[name])
+
+
+@contextlib.contextmanager
+def writing(path: Path, header: Header, facts: Mapping[str, Any]) -> Iterator[h5py.File]:
+    """Open a new file for :func:`write_array`; see :func:`write_arrays`."""
     # Through a Python file: HDF5's own driver crashes the process at its end after a full disk.
     with (
         replacing(path) as scratch,
@@ -59,20 +70,48 @@ def write_arrays(
     ):
         file.attrs["header"] = header.to_json()
         file.attrs["facts"] = json.dumps(facts)
-        for name in sorted(arrays):
-            _write_array(file, name, arrays[name])
+        yield file
 
 
-def _write_array(file: h5py.File, name: str, array: np.ndarray) -> None:
+def write_array(file: h5py.File, name: str, array: np.ndarray) -> None:
     """Write one array, contiguous, in its own dtype."""
     if array.dtype != BFLOAT16:
         file.create_dataset(name, data=array, track_times=False)
         return
-    kind = _bfloat16_type()
-    dataset = file.create_dataset(
-        name, shape=array.shape, dtype=h5py.Datatype(kind), track_times=False
-    )
-    dataset.id.write(h5s.ALL, h5s.ALL, np.ascontiguousarray(array), mtype=kind)
+    write_part(file, name, array, 0, len(array))
+
+
+def write_part(file: h5py.File, name: str, array: np.ndarray, start: int, length: int) -> None:
+    """Write some rows of an array, which is made with the first of them.
+
+    The bytes are those of :func:`write_array` if the first parts of all arrays come in the order of
+    the whole ones.
+
+    Parameters
+    ----------
+    file, name
+        Where.
+    array
+        The rows.
+    start, length
+        Number of the first one, and of all rows of the whole array.
+    """
+    kind = _bfloat16_type() if array.dtype == BFLOAT16 else h5t.py_create(array.dtype)
+    if name not in file:
+        shape = (length, *array.shape[1:])
+        file.create_dataset(name, shape=shape, dtype=h5py.Datatype(kind), track_times=False)
+    dataset = file[name]
+    space = _rows(dataset, start, len(array))
+    memory = h5s.create_simple(array.shape)
+    dataset.id.write(memory, space, np.ascontiguousarray(array), mtype=kind)
+
+
+def _rows(dataset: h5py.Dataset, start: int, count: int) -> h5s.SpaceID:
+    """Select rows that follow each other."""
+    space = dataset.id.get_space()
+    others = dataset.shape[1:]
+    space.select_hyperslab((start, *(0 for _ in others)), (count, *others))
+    return space
 
 
 class _File(h5py.File):
@@ -127,8 +166,7 @@ def opened(
             pass
         if not h5py.is_hdf5(path):
             raise FedamoleError(f"{path}: is not an HDF5 file, or only the start of one")
-        # NFS and Lustre refuse locks; files are replaced, never changed, so that none is needed.
-        file = _File(path, "r", locking=False)
+        file = _File(h5f.open(os.fsencode(path), h5f.ACC_RDONLY, _reading_access()))
     with file:
         with _reading(path):
             if "header" not in file.attrs or "facts" not in file.attrs:
@@ -137,6 +175,17 @@ def opened(
             facts = _Facts(path, _json(file.attrs["facts"]))
         header.check(path, kind or header.kind, digest)
         yield file, facts
+
+
+def _reading_access() -> h5p.PropFAID:
+    """How files are opened for reading."""
+    access = h5p.create(h5p.FILE_ACCESS)
+    access.set_fclose_degree(h5f.CLOSE_STRONG)
+    # NFS and Lustre refuse locks; files are replaced, never changed, so that none is needed.
+    access.set_file_locking(False, True)
+    # HDF5 would read 64 KiB around every smaller row.
+    access.set_sieve_buf_size(SIEVE)
+    return access
 
 
 @contextlib.contextmanager
@@ -169,9 +218,9 @@ def datasets(file: h5py.File, folder: str) -> dict[str, h5py.Dataset]:
         return dict(file[folder]) if folder in file else {}
 
 
-def read_arrays(file: h5py.File, folder: str) -> dict[str, np.ndarray]:
-    """Read the arrays of a folder; none if there is no such folder."""
-    return {name: read_array(dataset) for name, dataset in datasets(file, folder).items()}
+def read_arrays(file: h5py.File, folder: str, rows: slice | None = None) -> dict[str, np.ndarray]:
+    """Read the arrays of a folder, or rows of them; none if there is no such folder."""
+    return {name: read_array(dataset, rows) for name, dataset in datasets(file, folder).items()}
 
 
 def _dtypes(dataset: h5py.Dataset) -> tuple[np.dtype, h5t.TypeID]:
@@ -182,8 +231,8 @@ def _dtypes(dataset: h5py.Dataset) -> tuple[np.dtype, h5t.TypeID]:
     return dataset.dtype, h5t.py_create(dataset.dtype)
 
 
-def read_array(dataset: h5py.Dataset) -> np.ndarray:
-    """Read a whole array.
+def read_array(dataset: h5py.Dataset, rows: slice | None = None) -> np.ndarray:
+    """Read a whole array, or rows of it that follow each other.
 
     Raises
     ------
@@ -192,10 +241,13 @@ def read_array(dataset: h5py.Dataset) -> np.ndarray:
     """
     with _reading(_path(dataset)):
         dtype, kind = _dtypes(dataset)
-        if dtype != BFLOAT16:
+        if rows is None and dtype != BFLOAT16:
             return dataset[()]
-        array = np.empty(dataset.shape, dtype)
-        dataset.id.read(h5s.ALL, h5s.ALL, array, mtype=kind)
+        start, stop, _ = (rows or slice(None)).indices(len(dataset))
+        array = np.empty((stop - start, *dataset.shape[1:]), dtype)
+        if array.size:
+            memory = h5s.create_simple(array.shape)
+            dataset.id.read(memory, _rows(dataset, start, stop - start), array, mtype=kind)
         return array
 
 

@@ -16,7 +16,7 @@ No compression, no pickle, no time stamps.
 
 # M = modules, E = domain experts of one module, K = clients, R = rank, N = rows a client holds
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
@@ -26,7 +26,18 @@ import numpy as np
 
 from fedamole.artifacts import Header
 from fedamole.errors import FedamoleError
-from fedamole.hdf5 import datasets, opened, read_array, read_arrays, read_rows, write_arrays
+from fedamole.hdf5 import (
+    datasets,
+    opened,
+    read_array,
+    read_arrays,
+    read_rows,
+    write_array,
+    write_arrays,
+    write_part,
+    writing,
+)
+from fedamole.pool_parts import Part, by_module, joined, rows_of
 from fedamole.pools import (
     Assignment,
     ClientGroup,
@@ -40,22 +51,84 @@ from fedamole.pools import (
 )
 
 GroupT = TypeVar("GroupT", PoolGroup, ClientGroup)
+# The tensors of a group; a client has none that are the server's.
+KINDS = ("experts", "shared", "server")
 
 
 def write_pool(path: Path, header: Header, pool: Pool) -> None:
     """Write a pool."""
-    arrays = _group_arrays(pool.groups)
-    for name, group in pool.groups.items():
-        arrays.update({f"groups/{name}/server/{key}": group.server[key] for key in group.server})
-    facts = {"modules": _modules(pool.groups), "num_experts": pool.num_experts, "round": pool.round}
-    if pool.provenance:
-        for name in _provenance_arrays():
-            arrays[f"provenance/{name}"] = getattr(pool.provenance, name)
-    write_arrays(path, header, facts, arrays)
+    write_parts(path, header, _modules(pool.groups), [pool])
 
 
-def read_pool(path: Path, digest: str | None = None) -> Pool:
-    """Read a whole pool.
+def write_parts(
+    path: Path, header: Header, modules: Mapping[str, Sequence[str]], parts: Iterable[Pool]
+) -> None:
+    """Write a pool that comes part by part; one is in memory at a time.
+
+    Parameters
+    ----------
+    path, header
+        The file, and what it says of itself.
+    modules
+        Group -> names of all its modules.
+    parts
+        One or more: together all modules, in their order.
+    """
+    rest = iter(parts)
+    part: Pool | None = next(rest)
+    assert part is not None, "there is at least one part"
+    facts = {"modules": modules, "num_experts": part.num_experts, "round": part.round}
+    made, written = [], dict.fromkeys(modules, 0)
+    with writing(path, header, facts) as file:
+        while part is not None:
+            _write_tensors(file, part.groups, modules, written)
+            made += [part.provenance] if part.provenance else []
+            # Otherwise this part is kept while the next one is made.
+            part = None
+            part = next(rest, None)
+        if made:
+            provenance = joined(made)
+            for name in sorted(_provenance_arrays()):
+                write_array(file, f"provenance/{name}", getattr(provenance, name))
+
+
+def _write_tensors(
+    file: h5py.File,
+    groups: Mapping[str, PoolGroup],
+    modules: Mapping[str, Sequence[str]],
+    written: dict[str, int],
+) -> None:
+    """Write the tensors of some modules behind those that are written, which are counted on."""
+    arrays = _group_arrays(groups)
+    for path in sorted(arrays):
+        name = path.split("/")[1]
+        write_part(file, path, arrays[path], written[name], len(modules[name]))
+    for name, group in groups.items():
+        written[name] += len(group.modules)
+
+
+def read_sizes(
+    path: Path, digest: str | None = None
+) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """Read what a pool holds, not its tensors: names, and bytes of one module, by group.
+
+    See :func:`read_pool` for parameters and errors.
+    """
+    with opened(path, "pool", digest) as (file, facts):
+        modules: dict[str, list[str]] = facts["modules"]
+        sizes = {
+            name: sum(
+                dataset.nbytes // max(1, len(names))
+                for part in KINDS
+                for dataset in datasets(file, f"groups/{name}/{part}").values()
+            )
+            for name, names in modules.items()
+        }
+        return modules, sizes
+
+
+def read_pool(path: Path, digest: str | None = None, part: Part | None = None) -> Pool:
+    """Read a pool.
 
     Parameters
     ----------
@@ -63,6 +136,8 @@ def read_pool(path: Path, digest: str | None = None) -> Pool:
         The file.
     digest
         Digest of the stage settings it must have been written with; None accepts all.
+    part
+        Which modules to read; None reads all.
 
     Raises
     ------
@@ -70,14 +145,22 @@ def read_pool(path: Path, digest: str | None = None) -> Pool:
         If it is missing, broken, foreign, of another kind, or of another config.
     """
     with opened(path, "pool", digest) as (file, facts):
+        names = facts["modules"]
         groups = {
             name: PoolGroup(
-                tuple(modules),
-                **_tensors(file, name),
-                server=read_arrays(file, f"groups/{name}/server"),
+                tuple(names[name][rows]),
+                **{kind: read_arrays(file, f"groups/{name}/{kind}", rows) for kind in KINDS},
             )
-            for name, modules in facts["modules"].items()
+            for name, rows in _wanted(names, part).items()
         }
+        provenance = _read_provenance(file, facts["round"], rows_of(names, _wanted(names, part)))
+        return Pool(groups, facts["num_experts"], provenance)
+
+
+def read_origin(path: Path, digest: str | None = None) -> Pool:
+    """Read a pool without its tensors: names and provenance. See :func:`read_pool`."""
+    with opened(path, "pool", digest) as (file, facts):
+        groups = {name: PoolGroup(tuple(n), {}, {}) for name, n in facts["modules"].items()}
         return Pool(groups, facts["num_experts"], _read_provenance(file, facts["round"]))
 
 
@@ -136,26 +219,45 @@ def write_upload(path: Path, header: Header, upload: Upload) -> None:
     write_arrays(path, header, facts | {"modules": _modules(groups)}, arrays)
 
 
-def read_upload(path: Path, digest: str | None = None) -> Upload:
+def read_upload(path: Path, digest: str | None = None, part: Part | None = None) -> Upload:
     """Read what a client sent; see :func:`read_pool` for parameters and errors."""
     with opened(path, "upload", digest) as (file, facts):
         names = facts["modules"]
+        wanted = _wanted(names, part)
+        rows = {name: _rows_of_modules(file, name, modules) for name, modules in wanted.items()}
         groups = {
             name: ClientGroup(
-                modules=tuple(modules),
-                module_N=read_array(file[f"groups/{name}/module"]),
-                expert_N=read_array(file[f"groups/{name}/expert"]),
-                **_tensors(file, name),
+                modules=tuple(names[name][modules]),
+                module_N=read_array(file[f"groups/{name}/module"], rows[name]) - modules.start,
+                expert_N=read_array(file[f"groups/{name}/expert"], rows[name]),
+                experts=read_arrays(file, f"groups/{name}/experts", rows[name]),
+                shared=read_arrays(file, f"groups/{name}/shared", modules),
             )
-            for name, modules in names.items()
+            for name, modules in wanted.items()
         }
+        embeddings_MR = read_array(file["client_embeddings"])
+        if part is not None and embeddings_MR.size:
+            embeddings_MR = embeddings_MR[rows_of(names, wanted)]
         return Upload(
             state=ClientState(groups),
-            client_embeddings_MR=read_array(file["client_embeddings"]),
-            expert_embeddings=_by_group(file, names, "expert_embeddings"),
-            tokens=_by_group(file, names, "tokens"),
+            client_embeddings_MR=embeddings_MR,
+            expert_embeddings=_by_group(file, rows, "expert_embeddings"),
+            tokens=_by_group(file, rows, "tokens"),
             **{key: facts[key] for key in ("client", "round", "num_examples")},
         )
+
+
+def _wanted(modules: Mapping[str, Sequence[str]], part: Part | None) -> dict[str, slice]:
+    """Find the modules of a part that a file has; all by default."""
+    every = {name: slice(0, len(names)) for name, names in modules.items()}
+    return every if part is None else {name: part[name] for name in every if name in part}
+
+
+def _rows_of_modules(file: h5py.File, name: str, modules: slice) -> slice:
+    """Find the expert rows of some modules of a group; they are sorted by module."""
+    module_N = read_array(file[f"groups/{name}/module"])
+    start, stop = np.searchsorted(module_N, [modules.start, modules.stop]).tolist()
+    return slice(start, stop)
 
 
 def write_assignment(path: Path, header: Header, assignment: Assignment) -> None:
@@ -233,30 +335,30 @@ def _modules(groups: Mapping[str, GroupT]) -> dict[str, list[str]]:
 
 def _group_arrays(groups: Mapping[str, GroupT]) -> dict[str, np.ndarray]:
     """Collect the tensors of all groups by their path in the file."""
-    arrays = {}
-    for name, group in groups.items():
-        for part, tensors in (("experts", group.experts), ("shared", group.shared)):
-            arrays.update({f"groups/{name}/{part}/{key}": tensors[key] for key in tensors})
-    return arrays
+    return {
+        f"groups/{name}/{kind}/{key}": tensor
+        for name, group in groups.items()
+        for kind in KINDS
+        for key, tensor in getattr(group, kind, {}).items()
+    }
 
 
-def _tensors(file: h5py.File, name: str) -> dict[str, dict[str, np.ndarray]]:
-    """Read the tensors of a group."""
-    return {part: read_arrays(file, f"groups/{name}/{part}") for part in ("experts", "shared")}
-
-
-def _by_group(file: h5py.File, names: Iterable[str], what: str) -> dict[str, np.ndarray]:
-    """Read an array of each group that has it."""
-    paths = {name: f"groups/{name}/{what}" for name in names}
-    return {name: read_array(file[at]) for name, at in paths.items() if at in file}
+def _by_group(file: h5py.File, rows: Mapping[str, slice], what: str) -> dict[str, np.ndarray]:
+    """Read rows of an array of each group that has it."""
+    paths = {name: f"groups/{name}/{what}" for name in rows}
+    return {name: read_array(file[at], rows[name]) for name, at in paths.items() if at in file}
 
 
 def _provenance_arrays() -> list[str]:
     return [field.name for field in fields(Provenance) if field.name != "round"]
 
 
-def _read_provenance(file: h5py.File, round_: int) -> Provenance | None:
+def _read_provenance(file: h5py.File, round_: int, rows: slice | None = None) -> Provenance | None:
+    """Read where a pool comes from, of some of all modules."""
     if "provenance" not in file:
         return None
-    arrays = {name: read_array(file[f"provenance/{name}"]) for name in _provenance_arrays()}
+    arrays = {
+        name: read_array(file[f"provenance/{name}"], rows if name in by_module() else None)
+        for name in _provenance_arrays()
+    }
     return Provenance(round=round_, **arrays)

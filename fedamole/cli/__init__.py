@@ -12,11 +12,25 @@ from importlib import import_module
 from fedamole import __version__
 from fedamole.errors import FedamoleError
 
-# Those of the workflow, then those for people.
-MODULES = (
-    *("backbone", "data", "init_server", "clients", "server", "gather", "results"),
-    *("show", "data_show", "plan", "doctor", "submit", "status", "prune", "pool", "schema"),
-)
+# Module -> its commands; those of the workflow, then those for people.
+MODULES = {
+    "backbone": ("prepare-backbone",),
+    "data": ("partition", "tokenize"),
+    "init_server": ("init-server",),
+    "clients": ("train-clients", "evaluate-clients"),
+    "server": ("aggregate", "assign"),
+    "gather": ("gather",),
+    "results": ("tables", "figures"),
+    "show": ("show",),
+    "data_show": ("data",),
+    "plan": ("plan",),
+    "doctor": ("doctor",),
+    "submit": ("submit", "cancel"),
+    "status": ("status",),
+    "prune": ("prune",),
+    "pool": ("pool",),
+    "schema": ("schema",),
+}
 
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -63,8 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; what a command does not know goes to Snakemake if it says so."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(given[0] if given else None)
+    arguments, rest = parser.parse_known_args(given)
     if rest and not getattr(arguments, "passes_on", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.passed_on = rest
@@ -111,8 +126,15 @@ def _complain(text: str) -> None:
         print(f"fedamole: {line}", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
-    """Build the parser from the modules of this package."""
+def _parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Build the parser from the modules of this package.
+
+    Parameters
+    ----------
+    command
+        The command that will be parsed: its module is the only one to import. All are where it is
+        none of theirs.
+    """
     parser = argparse.ArgumentParser(
         prog="fedamole",
         description="Federated fine-tuning of language models with a mixture of LoRA experts. "
@@ -120,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fedamole {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="subcommand")
-    for name in MODULES:
+    named = [module for module, commands in MODULES.items() if command in commands]
+    for name in named or MODULES:
         import_module(f"fedamole.cli.{name}").register(subparsers)
     return parser

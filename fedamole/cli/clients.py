@@ -448,10 +448,17 @@ def _listed(clients: list[int]) -> str:
     return ", ".join(map(str, clients))
 
 
+def _may_be_quantized(job: _Job) -> bool:
+    """Whether the backbone is kept in 4 bits, or came so."""
+    config = job.args.backbone / "config.json"
+    came_so = config.is_file() and "quantization_config" in config.read_text(encoding="utf-8")
+    return came_so or job.settings.run.loading.quantization is not None
+
+
 @contextlib.contextmanager
 def _session(job: _Job) -> "Iterator[tuple[ClientSession, int]]":
     """Load what the clients of this process share; give it with the lane of the process."""
-    prepare_libraries(offline=True)
+    prepare_libraries(offline=True, quantized=_may_be_quantized(job))
     from fedamole.client import ClientSession
     from fedamole.datasets.tokens import TokenStore
     from fedamole.distributed import process_group

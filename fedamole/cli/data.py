@@ -108,7 +108,7 @@ def read_tokenizer(
     FedamoleError
         If there is none.
     """
-    prepare_libraries(offline=offline)
+    prepare_libraries(offline=offline, quantized=False)
     from fedamole.backbone import load_tokenizer
 
     try:

@@ -5,14 +5,16 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedamole.artifacts import Header, canonical, read_record, replacing, sha256
 from fedamole.config import parse
-from fedamole.pools import Assignment
 from fedamole.records import KIND
 from fedamole.registry import lookup
 from fedamole.stages import ClientStage, RunStage, digest
+
+if TYPE_CHECKING:
+    from fedamole.pools import Assignment
 
 # What of a client's record the tables and figures use; its answers stay with the run.
 CLIENT_FIELDS = (
@@ -123,7 +125,7 @@ def _client_records(clients: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {"record": "client", **{field: record[field] for field in CLIENT_FIELDS}, **spent}
 
 
-def _assignment_record(assignment: Assignment, settings: RunStage) -> dict[str, Any]:
+def _assignment_record(assignment: "Assignment", settings: RunStage) -> dict[str, Any]:
     """Clients that hold each expert, module by module, and how good that is."""
     fewest, most = settings.assignment.bounds(settings.adapter.top_k)
     holders = [
@@ -142,7 +144,7 @@ def _assignment_record(assignment: Assignment, settings: RunStage) -> dict[str, 
     } | _yardsticks(assignment, settings)
 
 
-def _yardsticks(assignment: Assignment, settings: RunStage) -> dict[str, list[float]]:
+def _yardsticks(assignment: "Assignment", settings: RunStage) -> dict[str, list[float]]:
     """Objectives of the best and of a random assignment, whatever strategy made this one."""
     from fedamole.assignment import assign_all
 

@@ -5,7 +5,7 @@ import os
 import sys
 
 
-def prepare_libraries(offline: bool) -> None:
+def prepare_libraries(offline: bool, quantized: bool = True) -> None:
     """Keep the libraries quiet in a batch log and off the network.
 
     Parameters
@@ -13,9 +13,14 @@ def prepare_libraries(offline: bool) -> None:
     offline
         Whether everything that is needed is on disk by now: a look at the hub would cost seconds,
         or fail on a compute node.
+    quantized
+        Whether the backbone may be one in 4 bits.
     """
-    # PEFT imports it where it is installed; it warns of an optional kernel for CPUs.
+    # It warns of an optional kernel for CPUs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not quantized and "peft" not in sys.modules:
+        # PEFT imports it where it is installed, needed or not: a second of CPU time, and 50 MB.
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -12,7 +12,11 @@ from fedamole.config import parse
 from fedamole.stages import RunStage, digest
 
 if TYPE_CHECKING:
-    from fedamole.pools import Upload
+    from fedamole.pool_parts import Part
+    from fedamole.pools import Assignment, Pool, Upload
+
+# Tensors of a pool that are in memory at a time; with the sums and one upload that is half a GB.
+PART_BYTES = 2**27
 
 logger = logging.getLogger(__name__)
 
@@ -38,21 +42,48 @@ def run_aggregate(args: argparse.Namespace) -> None:
 
     A file that says that its client dropped out is no upload; the method decides how many it needs.
     """
-    from fedamole.methods import load
-    from fedamole.pool_files import read_assignment, read_pool, write_pool
+    from fedamole.pool_files import read_assignment, read_sizes, write_parts
+    from fedamole.pool_parts import cut
 
     settings = parse(RunStage, args.settings, "--settings")
     run_digest = digest(settings)
-    previous = read_pool(args.pool, run_digest)
+    modules, sizes = read_sizes(args.pool, run_digest)
     assignment = read_assignment(args.assignment, run_digest)
-    label = f"{settings.label} round {previous.round + 1}"
+    label = f"{settings.label} round {assignment.round}"
     reported = [path for path in args.uploads if not _dropped_out(path, run_digest, label)]
-    uploads = _uploads(reported, run_digest)
-    pool = load(settings.run).aggregate(settings, previous, assignment, uploads)
+    parts = cut({name: len(names) for name, names in modules.items()}, sizes, PART_BYTES)
+    averaged = (_average(args.pool, settings, assignment, reported, part) for part in parts)
     parents = {"pool": sha256(args.pool), "assignment": sha256(args.assignment)}
     parents |= {f"upload_{i:04}": sha256(path) for i, path in enumerate(args.uploads)}
-    write_pool(args.out_pool, Header("pool", run_digest, parents), pool)
+    write_parts(args.out_pool, Header("pool", run_digest, parents), modules, averaged)
     logger.info("%s: %d uploads averaged", label, len(reported))
+
+
+def _average(
+    pool: Path, settings: RunStage, assignment: "Assignment", uploads: list[Path], part: "Part"
+) -> "Pool":
+    """Average some modules."""
+    from fedamole.methods import load
+    from fedamole.pool_files import read_pool
+    from fedamole.pool_parts import assignment_of
+
+    run_digest = digest(settings)
+    _keep_freed_memory()
+    previous = read_pool(pool, run_digest, part)
+    own = assignment_of(assignment, previous.modules)
+    reported = _uploads(uploads, run_digest, part)
+    return load(settings.run).aggregate(settings, previous, own, reported)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep up to 64 MiB of freed memory for the next upload.
+
+    It does so once a block of almost 32 MiB was freed. Otherwise the system clears the pages of
+    every upload anew, which takes as long as reading it.
+    """
+    import numpy as np
+
+    np.empty(2**25 - 2**16, dtype=np.uint8)
 
 
 def _dropped_out(path: Path, run_digest: str, label: str) -> bool:
@@ -66,22 +97,22 @@ def _dropped_out(path: Path, run_digest: str, label: str) -> bool:
     return reason is not None
 
 
-def _uploads(paths: list[Path], run_digest: str) -> "Iterator[Upload]":
+def _uploads(paths: list[Path], run_digest: str, part: "Part") -> "Iterator[Upload]":
     """Read one upload after another, so that one is in memory at a time."""
     from fedamole.pool_files import read_upload
 
     for path in paths:
-        yield read_upload(path, run_digest)
+        yield read_upload(path, run_digest, part)
 
 
 def run_assign(args: argparse.Namespace) -> None:
     """Choose who holds which experts in the round after that of the pool."""
     from fedamole.methods import load
-    from fedamole.pool_files import read_pool, write_assignment
+    from fedamole.pool_files import read_origin, write_assignment
 
     settings = parse(RunStage, args.settings, "--settings")
     run_digest = digest(settings)
-    pool = read_pool(args.pool, run_digest)
+    pool = read_origin(args.pool, run_digest)
     method, began = load(settings.run), time.perf_counter()
     assignment = method.assign(settings, pool, pool.round + 1)
     milliseconds = 1000 * (time.perf_counter() - began)

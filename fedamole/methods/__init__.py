@@ -30,7 +30,8 @@ class Method:
         (settings, pool, round) -> who holds what in that round.
     aggregate
         (settings, previous pool, assignment, uploads) -> the pool after a round. ``uploads`` may be
-        read once only, in client order; those of clients that dropped out are missing.
+        read once only, in client order; those of clients that dropped out are missing. A large pool
+        comes some modules at a time, so that no module may depend on another.
     train_client
         (session, client, round, state, kept) -> what the client uploads, its metrics, and what it
         keeps for itself. ``kept`` is what it kept the last time it took part; None the first time,

@@ -21,10 +21,12 @@ from fedamole.pool_files import (
     read_assignment,
     read_header,
     read_pool,
+    read_sizes,
     write_assignment,
     write_pool,
     write_upload,
 )
+from fedamole.pool_parts import cut
 from fedamole.pools import (
     BFLOAT16,
     Assignment,
@@ -462,6 +464,48 @@ def test_the_commands_write_what_the_functions_compute(round_files, tmp_path):
     assert following.round == 2
     assert (following.holders_MEK.sum(axis=2) == 2).all()
     assert read_header(out).parents == {"pool": sha256(round_files.out_pool)}
+
+
+@pytest.mark.parametrize("most", [1, 200, 500])
+def test_a_pool_that_is_averaged_in_parts_is_the_same_file(round_files, monkeypatch, most):
+    run_aggregate(round_files)
+    whole = sha256(round_files.out_pool)
+    monkeypatch.setattr("fedamole.cli.server.PART_BYTES", most)
+    modules, sizes = read_sizes(round_files.pool)
+    parts = cut({name: len(names) for name, names in modules.items()}, sizes, most)
+    assert len(parts) > 1
+    run_aggregate(round_files)
+    assert sha256(round_files.out_pool) == whole
+
+
+def test_a_part_of_a_trained_pool_has_its_part_of_the_provenance(round_files):
+    run_aggregate(round_files)
+    whole = read_pool(round_files.out_pool)
+    part = read_pool(round_files.out_pool, part={"v_proj": slice(1, 2)})
+    assert part.modules == whole.modules[3:4]
+    np.testing.assert_array_equal(part.provenance.tokens_MEK, whole.provenance.tokens_MEK[3:4])
+    np.testing.assert_array_equal(part.provenance.num_examples_K, whole.provenance.num_examples_K)
+    tensor = part.groups["v_proj"].experts["lora_A"]
+    np.testing.assert_array_equal(tensor, whole.groups["v_proj"].experts["lora_A"][1:2])
+
+
+def test_parts_hold_every_module_once_and_no_more_than_allowed():
+    modules, sizes = {"a": 5, "b": 1, "c": 8}, {"a": 10, "b": 100, "c": 7}
+    for most in (1, 20, 33, 100, 205, 206):
+        parts = cut(modules, sizes, most)
+        held = [
+            (name, module)
+            for part in parts
+            for name, rows in part.items()
+            for module in range(modules[name])[rows]
+        ]
+        assert held == [(name, module) for name in modules for module in range(modules[name])]
+        for part in parts:
+            counts = {name: len(range(modules[name])[rows]) for name, rows in part.items()}
+            size = sum(count * sizes[name] for name, count in counts.items())
+            assert size <= most or sum(counts.values()) == 1
+    assert len(cut(modules, sizes, 206)) == 1
+    assert cut({}, {}, 1) == [{}]
 
 
 def test_an_upload_of_another_config_is_refused_and_nothing_is_written(round_files):

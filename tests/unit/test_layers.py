@@ -1,9 +1,14 @@
 """Imports go downwards only, and what the Snakefile parses stays torch-free and quick."""
 
+import argparse
 import ast
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+import fedamole.cli
 
 TESTS = Path(__file__).parents[1]
 PACKAGE = TESTS.parent / "fedamole"
@@ -13,7 +18,7 @@ LAYERS = [
     {"errors", "__init__"},
     {"registry", "settings", "mistakes", "config", "stages", "randomness", "participation"}
     | {"slurm", "slurm_site", "snakemake_profile", "launching", "backbone_limits"},
-    {"artifacts", "pools", "hdf5", "pool_files", "records", "progress", "owner"},
+    {"artifacts", "pools", "hdf5", "pool_files", "pool_parts", "records", "progress", "owner"},
     {"partition", "assignment", "aggregation", "targets", "results", "rendering", "tables"}
     | {"privacy", "accounting", "privacy_tables", "fusion"}
     | {"transport", "assignment_strategies", "assignment_measures", "assignment_table"}
@@ -39,6 +44,8 @@ LAYERS = [
     {"methods"},
     {"cli", "__main__"},
 ]
+# The command line is parsed without these as well.
+SERVER = {"numpy", "h5py", "ortools", "opacus", "nevergrad", "scipy", "submitit", "safetensors"}
 HEAVY = {"torch", "transformers", "peft", "deepspeed", "datasets", "pandas", "matplotlib"}
 
 
@@ -113,6 +120,34 @@ def test_what_the_snakefile_imports_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not HEAVY & set(done.stdout.split())
+
+
+def loaded_by(*arguments: str) -> set[str]:
+    """Packages that are loaded when a command line ends after it was parsed."""
+    code = (
+        "import sys, fedamole.cli\n"
+        "try: fedamole.cli.main()\n"
+        "except SystemExit: pass\n"
+        "print('loaded', *sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("command", ["", "aggregate", "assign", "show", "status", "pool show"])
+def test_help_loads_nothing_heavy(command: str) -> None:
+    assert not (HEAVY | SERVER) & loaded_by(*command.split(), "--help")
+
+
+def test_a_command_loads_its_own_module_only() -> None:
+    parsers = {
+        module: fedamole.cli._parser(commands[0])
+        for module, commands in fedamole.cli.MODULES.items()
+    }
+    for module, parser in parsers.items():
+        (subparsers,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        assert tuple(subparsers.choices) == fedamole.cli.MODULES[module]
 
 
 def test_test_modules_have_names_of_their_own() -> None:

@@ -26,6 +26,7 @@ from fedamole.pool_files import (
     read_dropout,
     read_header,
     read_kept,
+    read_origin,
     read_pool,
     read_upload,
     write_assignment,
@@ -242,9 +243,10 @@ def test_a_client_gets_its_rows(tmp_path, dtype):
         assert_same(state, take_client(pool, assignment, client))
 
 
-def test_a_client_reads_nothing_of_the_other_experts(tmp_path):
-    # Rows of 64 KiB, as rank 8 of a layer of width 2048 has; HDF5 reads around smaller ones.
-    pool = make_pool(experts=32, width=8192)
+@pytest.mark.parametrize("width", [512, 8192])
+def test_a_client_reads_nothing_of_the_other_experts(tmp_path, width):
+    # Rows of 4 and 64 KiB: by default HDF5 reads 64 KiB around smaller ones.
+    pool = make_pool(experts=32, width=width)
     assignment = make_assignment(pool)
     assignment.holders_MEK[:, :, 0] = np.arange(32) == 5
     write_pool(tmp_path / "pool.h5", HEADER, pool)
@@ -252,9 +254,24 @@ def test_a_client_reads_nothing_of_the_other_experts(tmp_path):
     state = read_client_state(tmp_path / "pool.h5", assignment, client=0)
     took = _bytes_read() - before
     held = sum(array.nbytes for group in state.groups.values() for array in group.experts.values())
-    assert held == 8 * 2**16
+    assert held == 8 * 8 * width
     assert held <= took < held + 2**15
     assert (tmp_path / "pool.h5").stat().st_size > 32 * held
+
+
+def test_a_server_that_assigns_reads_no_tensors(tmp_path):
+    pool = make_pool(experts=32, width=8192)
+    write_pool(tmp_path / "pool.h5", HEADER, pool)
+    before = _bytes_read()
+    origin = read_origin(tmp_path / "pool.h5", HEADER.digest)
+    took = _bytes_read() - before
+    assert took < 2**16 < (tmp_path / "pool.h5").stat().st_size / 100
+    assert origin.modules == pool.modules
+    assert origin.round == pool.round
+    for field in fields(Provenance):
+        np.testing.assert_array_equal(
+            getattr(origin.provenance, field.name), getattr(pool.provenance, field.name)
+        )
 
 
 def _bytes_read():
