@@ -26,6 +26,8 @@ LAYERS = [
         "training",
         "dp_sgd",
         "embeddings",
+        "contexts",
+        "generation",
         "evaluation",
         "client",
         "forms",
