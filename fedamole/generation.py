@@ -53,9 +53,9 @@ def generate(
 
 
 class _Answers:
-    """Answers to prompts in growing order of length, some finished, some under way, some to come.
+    """Answers to prompts in growing order of length: finished, under way, and to come.
 
-    A pass either lets every answer under way grow by a token, or starts others in the place of
+    A pass either lets the answers under way grow by a token, or starts others in the places of
     those that are finished: a batch does not wait for its longest answer.
     """
 
@@ -71,66 +71,76 @@ class _Answers:
         self._model, self._prompts, self._store = model, prompts, store
         self._settings, self._device = settings, device
         self._started = 0
+        self._finished: set[int] = set()
+        # The answer of each row of the context; a finished one stays until rows are taken out.
         self._context = Context(model)
-        # Answers under way, in the order of the context, and the last token of each.
-        self._under_way: list[int] = []
-        self._last_B = torch.zeros(0, dtype=torch.long, device=device)
+        self._rows: list[int] = []
 
     @property
     def unfinished(self) -> bool:
         """Whether there is anything left to do."""
-        return bool(self._under_way) or self._started < len(self._prompts)
+        return len(self._finished) < len(self._prompts)
 
     def advance(self) -> None:
         """Run the model once."""
         waiting = len(self._prompts) - self._started
-        free = self._settings.batch_size - len(self._under_way)
+        free = self._settings.batch_size - sum(self._open())
         if not self.unfinished:
-            self._read(self._prompts[:1])
-        # Half a batch at least: to read prompts one by one would cost a pass each.
-        elif waiting and 2 * free >= self._settings.batch_size:
+            self._read(0, 1)
+        # A quarter of a batch: to read prompts one by one would cost a pass each.
+        elif waiting and 4 * free >= self._settings.batch_size:
             self._start(min(free, waiting))
         else:
-            here_P = torch.zeros(1, dtype=torch.long, device=self._device)
-            ids_B1 = self._last_B[:, None]
-            logits_BPV = self._context.read(ids_B1, torch.ones_like(ids_B1), here_P)
-            self._under_way, self._last_B = self._grow(
-                self._context, self._under_way, logits_BPV[:, 0]
-            )
+            # A pass over 5 rows takes no less time than one over 8; its time falls in such steps.
+            if 2 * sum(self._open()) <= len(self._rows):
+                self._forget_finished()
+            self._go_on()
+
+    def _open(self) -> list[bool]:
+        """For each row of the context whether its answer is under way."""
+        return [number not in self._finished for number in self._rows]
 
     def _start(self, count: int) -> None:
         """Read the next prompts and give their answers a first token."""
+        self._forget_finished()
+        context, logits_BV = self._read(self._started, count)
         numbers = list(range(self._started, self._started + count))
-        context, logits_BV = self._read([self._prompts[number] for number in numbers])
-        numbers, last_B = self._grow(context, numbers, logits_BV)
-        self._started += count
+        self._append(numbers, logits_BV)
         self._context.join(context)
-        self._under_way += numbers
-        self._last_B = torch.cat([self._last_B, last_B])
+        self._rows += numbers
+        self._started += count
 
-    def _read(self, prompts: Sequence[np.ndarray]) -> tuple[Context, Tensor]:
+    def _go_on(self) -> None:
+        """Give all answers under way another token."""
+        last = [
+            self.tokens[number][-1] if self.tokens[number] else self._store.eos_id
+            for number in self._rows
+        ]
+        ids_B1 = torch.tensor(last, device=self._device)[:, None]
+        mask_B1 = torch.tensor(self._open(), dtype=torch.long, device=self._device)[:, None]
+        here_P = torch.zeros(1, dtype=torch.long, device=self._device)
+        self._append(self._rows, self._context.read(ids_B1, mask_B1, here_P)[:, 0])
+
+    def _read(self, start: int, count: int) -> tuple[Context, Tensor]:
+        prompts = self._prompts[start : start + count]
         return read_prompts(self._model, prompts, self._store.pad_id, self._device)
 
-    def _grow(
-        self, context: Context, numbers: list[int], logits_BV: Tensor
-    ) -> tuple[list[int], Tensor]:
-        """Append the likeliest tokens; forget what is finished.
-
-        Returns
-        -------
-        tuple
-            Numbers of the answers that are still under way, and the last token of each.
-        """
-        last_B = logits_BV.argmax(1)
-        rows = []
-        for row, (number, token) in enumerate(zip(numbers, last_B.tolist(), strict=True)):
-            if token == self._store.eos_id:
+    def _append(self, numbers: Sequence[int], logits_BV: Tensor) -> None:
+        """Append the likeliest token to the answers of these numbers that are not finished."""
+        for number, token in zip(numbers, logits_BV.argmax(1).tolist(), strict=True):
+            if number in self._finished:
                 continue
-            self.tokens[number].append(token)
-            if len(self.tokens[number]) < self._settings.max_new_tokens:
-                rows.append(row)
-        if len(rows) < len(numbers):
-            rows_B = torch.tensor(rows, dtype=torch.long, device=self._device)
-            context.keep(rows_B)
-            last_B = last_B[rows_B]
-        return [numbers[row] for row in rows], last_B
+            if token != self._store.eos_id:
+                self.tokens[number].append(token)
+            if (
+                token == self._store.eos_id
+                or len(self.tokens[number]) == self._settings.max_new_tokens
+            ):
+                self._finished.add(number)
+
+    def _forget_finished(self) -> None:
+        """Take the rows of finished answers out of the context."""
+        rows = [row for row, is_open in enumerate(self._open()) if is_open]
+        if len(rows) < len(self._rows):
+            self._context.keep(torch.tensor(rows, dtype=torch.long, device=self._device))
+            self._rows = [self._rows[row] for row in rows]
