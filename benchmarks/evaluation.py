@@ -216,7 +216,7 @@ def measure(quick: bool) -> list[Claim]:
     logging.set_verbosity_error()
     with process_group(Layout()):
         if quick:
-            return [*measure_choices(4, [128], 2, 2), *measure_generation(4, 12, 12, 2)]
+            return [*measure_choices(4, [128], 2, 2), *measure_generation(4, 8, 10, 1)]
         return [
             *measure_choices(None, [128, 256], 4, 2),
             *measure_generation(None, 24, 64, 2),
