@@ -141,3 +141,12 @@ def collect(results: Sequence[Any], total: int) -> list[Any]:
     gathered: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(gathered, list(results))
     return [gathered[index % world_size()][index // world_size()] for index in range(total)]
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on at least one rank."""
+    if world_size() == 1:
+        return flag
+    found = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return bool(found)

@@ -1,21 +1,31 @@
 """Testing a model on one client: evaluation loss, ROUGE-L of generated answers, accuracy."""
 
+# Axes: N = rows, B = prompts of a batch, C = choices, T = tokens, V = vocabulary,
+#       R = choices after prompts, B * C
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
 
 from fedamole import distributed
-from fedamole.batches import collate
+from fedamole.batches import IGNORED, collate
+from fedamole.contexts import Context, read_prompts
 from fedamole.datasets.tokens import TokenStore
+from fedamole.generation import generate
 from fedamole.settings import EvaluationSettings
+from fedamole.training import ScoredModel
 
 ItemT = TypeVar("ItemT")
+
+# Each holds a copy of the keys and values of its prompt.
+CHOICES_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -60,22 +70,71 @@ def evaluation_loss(
 
 
 def accuracy(
-    scored: nn.Module, store: TokenStore, rows: np.ndarray, batch_size: int, device: torch.device
+    scored: ScoredModel, store: TokenStore, rows: np.ndarray, batch_size: int, device: torch.device
 ) -> Score:
     """Share of rows whose right answer has the lowest mean token loss of all choices.
 
-    The parameters are those of :func:`evaluation_loss`. Equal losses count for the first choice.
+    The parameters are those of :func:`evaluation_loss`; a forward pass has ``batch_size`` prompts,
+    or :data:`CHOICES_AT_ONCE` times as many choices. Equal losses count for the first choice.
     """
-    sequences, prompts = [], []
-    for row in rows:
-        prompt = store.ids(row)[: store.prompt_length(row)]
-        for choice in store.choices:
-            sequences.append(np.concatenate([prompt, np.asarray(choice, dtype=prompt.dtype)]))
-            prompts.append(len(prompt))
-    losses = _sequence_losses(scored, sequences, prompts, store, batch_size, device)
-    lengths = np.tile([len(choice) for choice in store.choices], len(rows))
-    chosen = (losses / lengths).reshape(len(rows), len(store.choices)).argmin(1)
-    return Score(float(np.mean(chosen == store.labels[rows])), chosen.tolist())
+    losses_NC = choice_losses(scored.model, store, rows, batch_size, device)
+    lengths_C = np.array([len(choice) for choice in store.choices])
+    chosen_N = (losses_NC / lengths_C).argmin(1)
+    return Score(float(np.mean(chosen_N == store.labels[rows])), chosen_N.tolist())
+
+
+@torch.no_grad()
+def choice_losses(
+    model: nn.Module, store: TokenStore, rows: np.ndarray, batch_size: int, device: torch.device
+) -> np.ndarray:
+    """Sum of the token losses of each choice after each prompt, (N, C) float32, on all ranks.
+
+    A prompt runs through the model once, and all choices after it.
+
+    Parameters
+    ----------
+    model
+        The language model, in evaluation mode.
+    store, rows, device
+        See :func:`evaluation_loss`.
+    batch_size
+        Prompts per forward pass.
+    """
+    prompts = [store.ids(row)[: store.prompt_length(row)] for row in rows]
+    batches = _by_length([len(prompt) for prompt in prompts], batch_size)
+    choices = [np.asarray(choice, dtype=np.int64) for choice in store.choices]
+    losses = []
+    for batch in distributed.share_of_rank(batches):
+        context, logits_BV = read_prompts(
+            model, [prompts[index] for index in batch], store.pad_id, device
+        )
+        parts = [
+            _losses_after(context, logits_BV, choices[start : start + CHOICES_AT_ONCE])
+            for start in range(0, len(choices), CHOICES_AT_ONCE)
+        ]
+        losses.append(torch.cat(parts, dim=1).cpu().numpy())
+    return np.asarray(_in_order(batches, distributed.collect(losses, len(batches))))
+
+
+def _losses_after(
+    context: Context, logits_BV: torch.Tensor, choices: Sequence[np.ndarray]
+) -> torch.Tensor:
+    """Sum of the token losses of each choice after each sequence of a context, (B, C)."""
+    batch = collate(choices, [0] * len(choices), pad_id=0).to(logits_BV.device)
+    ids_CT, mask_CT = batch.input_ids, batch.attention_mask
+    losses_BC = -logits_BV.log_softmax(-1)[:, ids_CT[:, 0]]
+    if ids_CT.shape[1] == 1:
+        return losses_BC
+    count, num_choices = losses_BC.shape
+    ids_RT, mask_RT = ids_CT.repeat(count, 1), mask_CT.repeat(count, 1)
+    logits_RTV = context.repeated(num_choices).read(
+        ids_RT[:, :-1], mask_RT[:, :-1], torch.arange(ids_RT.shape[1] - 1, device=ids_RT.device)
+    )
+    targets_RT = ids_RT[:, 1:].masked_fill(mask_RT[:, 1:] == 0, IGNORED)
+    losses_RT = functional.cross_entropy(
+        logits_RTV.transpose(1, 2), targets_RT, ignore_index=IGNORED, reduction="none"
+    )
+    return losses_BC + losses_RT.sum(1).view(count, num_choices)
 
 
 def rouge_of_answers(
@@ -104,47 +163,6 @@ def rouge_of_answers(
     answers = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in tokens]
     scores = [rouge_l(text, store.reference(row)) for text, row in zip(answers, rows, strict=True)]
     return Score(float(np.mean(scores)), answers)
-
-
-@torch.no_grad()
-def generate(
-    model: Any,
-    prompts: Sequence[np.ndarray],
-    store: TokenStore,
-    settings: EvaluationSettings,
-    device: torch.device,
-) -> list[list[int]]:
-    """Continue prompts greedily, in batches of similar length padded on the left.
-
-    Returns
-    -------
-    list of list of int
-        New tokens of each prompt, without what follows the end of the answer.
-    """
-    greedy = GenerationConfig(
-        max_new_tokens=settings.max_new_tokens,
-        do_sample=False,
-        eos_token_id=store.eos_id,
-        pad_token_id=store.pad_id,
-    )
-    batches = _by_length([len(prompt) for prompt in prompts], settings.batch_size)
-    answers = []
-    for batch in distributed.share_of_rank(batches):
-        longest = max(len(prompts[index]) for index in batch)
-        ids = torch.full((len(batch), longest), store.pad_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for line, index in enumerate(batch):
-            tokens = torch.from_numpy(np.asarray(prompts[index], dtype=np.int64))
-            ids[line, longest - len(tokens) :] = tokens
-            mask[line, longest - len(tokens) :] = 1
-        output = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=greedy,
-            synced_gpus=distributed.world_size() > 1,
-        )
-        answers.append([_until(row, store.eos_id) for row in output[:, longest:].tolist()])
-    return _in_order(batches, distributed.collect(answers, len(batches)))
 
 
 def rouge_l(hypothesis: str, reference: str) -> float:
@@ -192,8 +210,3 @@ def _in_order(batches: Sequence[Sequence[int]], results: Sequence[Sequence[ItemT
         for index, item in zip(batch, items, strict=True)
     }
     return [found[index] for index in range(len(found))]
-
-
-def _until(tokens: list[int], end: int) -> list[int]:
-    """Tokens in front of the first end token."""
-    return tokens[: tokens.index(end)] if end in tokens else tokens

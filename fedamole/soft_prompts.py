@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from peft import PromptEmbedding, PromptEncoder, PromptEncoderConfig, PromptTuningConfig
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from fedamole.forms import Form
 from fedamole.pools import ClientState
@@ -55,60 +55,57 @@ class SoftPromptModel(nn.Module):
         attention_mask: torch.Tensor | None,
         logits_to_keep: torch.Tensor,
         use_cache: bool = False,
+        past_key_values: Cache | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> Any:
         """Predict tokens.
 
         Parameters
         ----------
-        input_ids, attention_mask
-            (B, T) tokens, padded on the right; no mask where there is no padding.
+        input_ids
+            (B, T) tokens; behind those in the cache, if it has any.
+        attention_mask
+            (B, T), or of all tokens so far, without the virtual ones; padding is in front of the
+            tokens, behind them, or both. None where there is neither padding nor a cache.
         logits_to_keep
             (P,) positions in ``input_ids`` whose logits are given, (B, P, vocabulary).
-        use_cache
+        use_cache, past_key_values
             As in transformers.
+        position_ids
+            Given if the backbone takes positions; they follow from the mask.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         embeddings_BTD, mask_BT = self._behind_prompt(input_ids, attention_mask)
+        inputs: dict[str, Any] = {"use_cache": use_cache}
+        behind = self.num_virtual_tokens
+        if past_key_values is not None:
+            inputs["past_key_values"] = past_key_values
+            order_BT = self._padding_first(attention_mask)
+            mask_BT = mask_BT.gather(1, order_BT)
+            if past_key_values.get_seq_length():
+                embeddings_BTD, behind = embeddings_BTD[:, behind:], 0
+            else:
+                rows_B1 = torch.arange(len(order_BT), device=order_BT.device)[:, None]
+                embeddings_BTD = embeddings_BTD[rows_B1, order_BT]
+        if position_ids is not None:
+            numbers_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+            inputs["position_ids"] = numbers_BT[:, -embeddings_BTD.shape[1] :]
         return self.backbone(
             inputs_embeds=embeddings_BTD,
             attention_mask=mask_BT,
-            logits_to_keep=logits_to_keep + self.num_virtual_tokens,
-            use_cache=use_cache,
+            logits_to_keep=logits_to_keep + behind,
+            **inputs,
         )
-
-    @torch.no_grad()
-    def generate(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any
-    ) -> torch.Tensor:
-        """Continue sequences.
-
-        Parameters
-        ----------
-        input_ids, attention_mask
-            (B, T) tokens, padded on the left.
-        options
-            Of ``generate`` in transformers.
-
-        Returns
-        -------
-        torch.Tensor
-            (B, T + new) the tokens and what follows them, without the virtual tokens.
-        """
-        embeddings_BTD, mask_BT = self._behind_prompt(input_ids, attention_mask)
-        order_BT = self._padding_first(attention_mask)
-        rows_B1 = torch.arange(len(order_BT), device=order_BT.device)[:, None]
-        new_tokens = cast(Any, self.backbone).generate(
-            inputs_embeds=embeddings_BTD[rows_B1, order_BT],
-            attention_mask=mask_BT[rows_B1, order_BT],
-            **options,
-        )
-        return torch.cat([input_ids, new_tokens], dim=1)
 
     def _behind_prompt(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embed V + T tokens, the virtual ones first; give the mask that belongs to them."""
+        """Embed V + T tokens, the virtual ones first; give the mask that belongs to them.
+
+        Both are embedded in every pass: under ZeRO-3 that is a collective operation, and a rank
+        that reads a prompt may meet one that goes on from a cache.
+        """
         number_V = torch.arange(self.num_virtual_tokens, device=input_ids.device)
         prompt_1VD = self.prompt_encoder(number_V[None])
         # Called as a module: under ZeRO-3 that gathers its slices. Not kept as an attribute, since
@@ -122,8 +119,11 @@ class SoftPromptModel(nn.Module):
         )
 
     def _padding_first(self, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Order in which V + T tokens are padding, prompt, sequence, as (B, V + T) indices."""
-        padding_B1 = (attention_mask == 0).sum(1, keepdim=True)
+        """Order in which V + T tokens are padding, prompt, sequence, as (B, V + T) indices.
+
+        A sliding window counts slots: no padding may stand between a prompt and its sequence.
+        """
+        padding_B1 = (attention_mask.cumsum(1) == 0).sum(1, keepdim=True)
         length = self.num_virtual_tokens + attention_mask.shape[1]
         place_T = torch.arange(length, device=attention_mask.device)
         behind_padding = torch.where(

@@ -32,7 +32,7 @@ from fedamole.settings import (
 )
 
 # Raised when a change of the code, or of a default, changes what the stage writes.
-VERSIONS = {"backbone": 1, "scenario": 1, "tokens": 1, "run": 2, "client": 1, "results": 1}
+VERSIONS = {"backbone": 1, "scenario": 1, "tokens": 1, "run": 2, "client": 2, "results": 1}
 
 
 class BackboneStage(Section):

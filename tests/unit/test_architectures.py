@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import CONFIGS, POSITIONS, make_backbone, settings_of
+from naive import check_choices
 from peft import PeftModel, get_peft_model
 from tiny import EOS, make_store
 from transformers import PreTrainedModel
@@ -18,7 +19,7 @@ from fedamole.backbone import load_backbone, load_tokenizer
 from fedamole.backbone_limits import check_length, check_loading
 from fedamole.batches import collate
 from fedamole.errors import FedamoleError
-from fedamole.evaluation import generate
+from fedamole.generation import generate
 from fedamole.hmole_peft import HMoLEConfig, hmole_layers
 from fedamole.pool_files import (
     read_client_state,
@@ -221,6 +222,12 @@ def test_answers_in_a_padded_batch_are_those_of_argmax_token_by_token(tiny: Tiny
         expected.append([token for token in ids[len(prompt) :].tolist() if token != EOS])
     assert len({tuple(answer) for answer in expected}) == 4
     assert generate(model, prompts, store, settings, CPU) == expected
+
+
+def test_choices_after_one_prompt_have_the_losses_of_each_alone(tiny: Tiny) -> None:
+    model = insert_adapters(tiny.load(), tiny.state, ADAPTER).eval()
+    prompts = sequences(4, 13, 9, 17, 9, 1)
+    check_choices(model, lambda ids: model(input_ids=ids[None], use_cache=False).logits[0], prompts)
 
 
 def test_a_trained_state_survives_its_file(tiny: Tiny, tmp_path: Path) -> None:

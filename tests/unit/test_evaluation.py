@@ -1,6 +1,8 @@
 """Scores of a model against the slow and obvious way of computing them."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +15,17 @@ from fedamole.backbone import load_backbone
 from fedamole.batches import collate
 from fedamole.datasets.tokens import TokenStore
 from fedamole.distributed import collect, share_of_rank
-from fedamole.evaluation import accuracy, evaluation_loss, generate, rouge_l
-from fedamole.settings import BackboneSettings, EvaluationSettings
-from fedamole.training import ScoredModel
+from fedamole.evaluation import accuracy, choice_losses, evaluation_loss, rouge_l
+from fedamole.generation import generate
+from fedamole.pools import ClientGroup, ClientState
+from fedamole.settings import (
+    AdapterSettings,
+    BackboneSettings,
+    EvaluationSettings,
+    TrainingSettings,
+)
+from fedamole.soft_prompts import SOFT_PROMPT
+from fedamole.training import ScoredModel, sharded_for_testing
 
 pytestmark = pytest.mark.usefixtures("group")
 
@@ -77,22 +87,97 @@ def test_accuracy_takes_the_choice_with_the_lowest_mean_loss(
     assert len(set(expected)) > 1
 
 
+def answer_alone(model: LlamaForCausalLM, prompt: np.ndarray, longest: int) -> list[int]:
+    """The likeliest token, again and again, from the whole sequence each time."""
+    tokens = list(map(int, prompt))
+    while len(tokens) < len(prompt) + longest:
+        with torch.no_grad():
+            token = int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax())
+        if token == EOS:
+            break
+        tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 def test_generation_in_batches_equals_one_at_a_time(
+    model: LlamaForCausalLM, store: TokenStore, batch_size: int
+) -> None:
+    """Answers end at different times, so that others take their places."""
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(3, 40, size=n) for n in rng.integers(1, 16, size=40)]
+    expected = [answer_alone(model, prompt, 10) for prompt in prompts]
+    assert len({len(answer) for answer in expected}) > 3
+    settings = EvaluationSettings(batch_size=batch_size, max_new_tokens=10)
+    assert generate(model, prompts, store, settings, CPU) == expected
+
+
+def test_a_batch_does_not_wait_for_its_longest_answer(
     model: LlamaForCausalLM, store: TokenStore
 ) -> None:
-    prompts = [store.ids(row)[: store.prompt_length(row)] for row in range(len(store))]
-    expected = []
-    for prompt in prompts:
-        tokens = list(map(int, prompt))
-        for _ in range(10):
-            with torch.no_grad():
-                token = int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax())
-            if token == EOS:
-                break
-            tokens.append(token)
-        expected.append(tokens[len(prompt) :])
-    settings = EvaluationSettings(batch_size=3, max_new_tokens=10)
-    assert generate(model, prompts, store, settings, CPU) == expected
+    """Answers of 10 and of 0 or 1 tokens, two at a time: fewer passes than five batches of ten."""
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(3, 40, size=6) for _ in range(300)]
+    answers = [answer_alone(model, prompt, 10) for prompt in prompts]
+    order = sorted(range(300), key=lambda index: len(answers[index]))
+    chosen = [prompts[index] for pair in zip(order[:5], order[-5:], strict=True) for index in pair]
+    passes = []
+    hook = model.register_forward_hook(lambda *_: passes.append(1))
+    generate(model, chosen, store, EvaluationSettings(batch_size=2, max_new_tokens=10), CPU)
+    hook.remove()
+    assert len(passes) < 5 * 10 * 0.8
+
+
+def test_no_prompts_have_no_answers(model: LlamaForCausalLM, store: TokenStore) -> None:
+    assert generate(model, [], store, EvaluationSettings(), CPU) == []
+
+
+def soft_model(model: LlamaForCausalLM) -> ScoredModel:
+    """Behind a soft prompt, whose passes are not alike: some read prompts, some go on."""
+    rng = np.random.default_rng(4)
+    prompt = {"embedding.weight": rng.normal(size=(1, 3, 32)).astype(np.float32)}
+    nothing = np.zeros(0, dtype=np.int64)
+    state = ClientState({"prompt": ClientGroup(("prompt",), {}, nothing, nothing, prompt)})
+    return ScoredModel(SOFT_PROMPT.insert(model, state, AdapterSettings()), 0.0).eval()
+
+
+def all_answers(scored: ScoredModel, store: TokenStore) -> dict[str, list[Any]]:
+    rows, settings = np.arange(len(store)), EvaluationSettings(batch_size=2, max_new_tokens=10)
+    prompts = [store.ids(row)[: store.prompt_length(row)] for row in rows]
+    return {
+        "generated": generate(scored.model, prompts, store, settings, CPU),
+        "chosen": accuracy(scored, store, rows, 2, CPU).answers,
+        "losses": choice_losses(scored.model, store, rows, 2, CPU).tolist(),
+    }
+
+
+def rank_of_two(rank: int, folder: str, store: TokenStore) -> None:
+    """What one of two processes does."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    file = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=file, rank=rank, world_size=2)
+    scored = soft_model(tiny_llama(initializer_range=0.5))
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    settings = TrainingSettings(batch_size=2, ranks=2, deepspeed={"zero_optimization": zero})
+    with sharded_for_testing(scored, settings):
+        torch.save(all_answers(scored, store), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_with_a_sharded_model_give_the_answers_of_one(
+    store: TokenStore, tmp_path: Path
+) -> None:
+    """Under ZeRO-3 a rank that ran the model less often than the other would wait for ever."""
+    torch.multiprocessing.spawn(rank_of_two, args=(str(tmp_path), store), nprocs=2)
+    expected = all_answers(soft_model(tiny_llama(initializer_range=0.5)), store)
+    assert len({len(answer) for answer in expected["generated"]}) > 1
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found["generated"] == expected["generated"]
+        assert found["chosen"] == expected["chosen"]
+        np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-5, atol=1e-5)
 
 
 def test_a_loaded_model_brings_no_generation_habits_of_its_own(

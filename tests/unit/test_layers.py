@@ -31,6 +31,8 @@ LAYERS = [
         "training",
         "dp_sgd",
         "embeddings",
+        "contexts",
+        "generation",
         "evaluation",
         "client",
         "forms",

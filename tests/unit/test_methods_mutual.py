@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import CONFIGS
 from federation import Federation, Round, contents
+from naive import check_choices
 from peft import LoraConfig, get_peft_model
 from scipy.optimize import minimize_scalar
 from tiny import make_store
@@ -18,7 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fedamole.backbone import load_backbone
 from fedamole.batches import Batch, collate
-from fedamole.evaluation import evaluation_loss, generate
+from fedamole.evaluation import evaluation_loss
+from fedamole.generation import generate
 from fedamole.hmole_peft import hmole_layers
 from fedamole.methods.building_blocks import two_experts, with_two_experts
 from fedamole.mutual import Ensemble, MutualModel, fit_weight
@@ -215,6 +217,18 @@ def test_generation_is_that_of_two_models_token_by_token(family: str) -> None:
         # Neither model alone says the same, so that the test can tell.
         for weight in (0.0, 1.0):
             assert found != [naive_answer(models, weight, prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_choices_after_one_prompt_have_the_losses_of_the_mixed_probabilities(family: str) -> None:
+    models = peft_models(family)
+
+    def log_probabilities(ids: Tensor) -> Tensor:
+        private, shared = [model(input_ids=ids[None]).logits[0].softmax(-1) for model in models]
+        return (0.4 * private + 0.6 * shared).log()
+
+    scored = mutual(True, 0.4, family).eval()
+    check_choices(scored.model, log_probabilities, sequences(5, 9, 6, 12, 7))
 
 
 def test_removing_the_ensemble_gives_the_backbone_back() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import CONFIGS, POSITIONS, make_backbone, settings_of
 from federation import CLIENTS, Federation, Round
+from naive import check_choices
 from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from scipy.stats import kstest
@@ -23,7 +24,7 @@ from fedamole.batches import Batch, collate
 from fedamole.client import ClientReport
 from fedamole.config import load_config, read_yaml
 from fedamole.errors import FedamoleError
-from fedamole.evaluation import generate
+from fedamole.generation import generate
 from fedamole.methods import load
 from fedamole.pools import ClientGroup, ClientState, Pool
 from fedamole.settings import AdapterSettings, EvaluationSettings, TrainingSettings
@@ -211,15 +212,23 @@ def test_answers_in_a_padded_batch_are_those_of_argmax_token_by_token(tiny: Tiny
         assert generate(inserted(backbone, state), prompts, store, settings, CPU) == expected
 
 
+@pytest.mark.parametrize("run", RUNS)
+def test_choices_after_one_prompt_have_the_losses_of_each_alone(tiny: Tiny, run: str) -> None:
+    backbone, state = tiny.load(), state_of(tiny, run)
+    check_choices(
+        inserted(backbone, state),
+        lambda ids: logits_by_hand(backbone, state, ids)[VIRTUAL:],
+        sequences(4, 13, 9, 17, 9, 1),
+    )
+
+
 def test_the_prompt_changes_the_answer(llama: Tiny) -> None:
-    (ids,) = sequences(9)
-    tokens, backbone = torch.from_numpy(ids)[None], llama.load()
-    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 8, "do_sample": False}
-    plain = backbone.generate(input_ids=tokens, **options)
+    prompts, backbone = sequences(9), llama.load()
+    store = make_store([ids.tolist() for ids in prompts], [1], choices=[])
+    settings = EvaluationSettings(max_new_tokens=8)
+    plain = generate(backbone, prompts, store, settings, CPU)
     model = inserted(backbone, state_of(llama, "fedprompt"))
-    behind = model.generate(input_ids=tokens, **options)
-    assert torch.equal(behind[:, :9], tokens)
-    assert not torch.equal(behind, plain)
+    assert generate(model, prompts, store, settings, CPU) != plain
 
 
 # What is trained
