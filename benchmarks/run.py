@@ -1,6 +1,6 @@
 """All claims about speed beside their targets; and a guard against losing what was reached.
 
-    python benchmarks/run.py                    # measure, write results/, draw the picture
+    python benchmarks/run.py                    # measure, write results/claims.json, draw it
     python benchmarks/run.py --only step layer  # some of them
     python benchmarks/run.py --check            # a reduced size, against results/guard.json
     python benchmarks/run.py --guard           # take the reduced size of today for that
@@ -23,7 +23,7 @@ from measuring import RESULTS, Claim, machine
 BENCHMARKS = ("layer", "step", "packing", "evaluation", "server", "assignment", "scaling")
 # What the guard measures: the others have no ratio that a loaded machine leaves alone.
 CHECKED = BENCHMARKS[:5]
-GUARD = RESULTS / "guard.json"
+CLAIMS, GUARD = RESULTS / "claims.json", RESULTS / "guard.json"
 # A guarded ratio may be worse than the committed one by this part.
 LOSS = 0.15
 # What looks like a loss is measured again: one bad moment of the machine is none.
@@ -110,19 +110,13 @@ def guard(names: Sequence[str]) -> None:
 
 def record(names: Sequence[str]) -> None:
     """Measure at full size; write each benchmark's claims, and the picture of all."""
+    content = json.loads(CLAIMS.read_text()) if CLAIMS.exists() else {}
     for name in names:
         claims = measured(name, quick=False)
-        content = {"machine": machine(), "claims": [asdict(claim) for claim in claims]}
-        (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        content[name] = {"machine": machine(), "claims": [asdict(claim) for claim in claims]}
+        CLAIMS.write_text(json.dumps(content, indent=2) + "\n")
         print(table(claims), flush=True)
-    draw([claim for name in BENCHMARKS for claim in recorded(name)])
-
-
-def recorded(name: str) -> list[Claim]:
-    """Claims of a benchmark as they are committed."""
-    path = RESULTS / f"{name}.json"
-    claims = json.loads(path.read_text())["claims"] if path.exists() else []
-    return [Claim(**fields) for fields in claims]
+    draw([Claim(**c) for name in BENCHMARKS if name in content for c in content[name]["claims"]])
 
 
 def draw(claims: Sequence[Claim]) -> None:
