@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-cluster check bench bench-cluster schema format clean
+.PHONY: help install demo test test-cluster check bench bench-check bench-cluster schema format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -65,9 +65,11 @@ bench-cluster: install ## what SLURM costs, on the cluster of test-cluster
 	@$(CLUSTER) install
 	@trap '$(CLUSTER) stop' EXIT; $(CLUSTER) start && python benchmarks/cluster.py
 
-bench: install ## the layer against PEFT LoRA and the frozen backbone; the assignment strategies
-	@python benchmarks/layer.py
-	@python benchmarks/assignment.py
+bench: install ## every claim about speed beside its target (half an hour); writes benchmarks/results
+	@python benchmarks/run.py
+
+bench-check: install ## the same at a reduced size, against what is committed for this processor
+	@python benchmarks/run.py --check
 
 schema: install ## write the schema and the reference of the config
 	@fedamole schema > workflow/schemas/config.schema.json

@@ -93,18 +93,27 @@ def claim(name: str, values: np.ndarray, **more: object) -> Claim:
 
 def machine() -> dict[str, object]:
     """Say what the figures were taken on."""
-    models = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
     return {
-        "processor": models[0] if models else platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         **_torch_facts(),
     }
+
+
+def processor() -> str:
+    """Name the kind of processor: machines of one name differ in generation and in instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    facts = {key.strip(): value.strip() for key, _, value in (s.partition(":") for s in lines)}
+    if "model name" not in facts:
+        return platform.machine()
+    wide = [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in facts["flags"]]
+    kind = f"family {facts['cpu family']}, model {facts['model']}"
+    return f"{facts['model name']} ({', '.join([kind, *wide])})"
 
 
 def _torch_facts() -> dict[str, object]:

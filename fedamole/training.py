@@ -254,8 +254,12 @@ def trained_tensors(engine: deepspeed.DeepSpeedEngine, zero_stage: int) -> dict[
 def _deepspeed_config(settings: TrainingSettings, num_trainable: int) -> dict[str, Any]:
     """DeepSpeed settings of the user plus those that follow from ours."""
     accumulation = settings.batch_size // (settings.ranks * settings.sequences_per_pass)
+    given = settings.deepspeed.get("zero_optimization", {})
     # The default bucket holds 500 million numbers; adapters have a few million.
-    zero = {"reduce_bucket_size": num_trainable, **settings.deepspeed.get("zero_optimization", {})}
+    zero = {"reduce_bucket_size": num_trainable, **given}
+    if settings.ranks == 1 and settings.zero_stage < 3 and "offload_optimizer" not in given:
+        # One rank has nobody to share with: flat copies and buckets would take 5 % of a step.
+        zero = {"stage": 0}
     return {
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
