@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from fedamole import launching
 from fedamole.artifacts import Header, read_record, sha256, write_record
-from fedamole.backbone_limits import check_length
 from fedamole.cli.libraries import prepare_libraries
+from fedamole.cli.session_checks import check_session, prompt_length
 from fedamole.config import parse
 from fedamole.errors import ClientError, FedamoleError
 from fedamole.launching import Layout
@@ -24,7 +24,6 @@ from fedamole.stages import ClientStage, digest
 
 if TYPE_CHECKING:
     from fedamole.client import ClientReport, ClientSession
-    from fedamole.datasets.tokens import TokenStore
     from fedamole.pools import Assignment, KeptState
 
 logger = logging.getLogger(__name__)
@@ -329,7 +328,9 @@ def _work(job: _Job, clients: list[int], do: ForClient) -> None:
             try:
                 do(session, client, kept)
             except BaseException as failure:
+                # Neither the end of a job nor a mistake in the config is a try of the client.
                 error, interrupted = _reason(failure), isinstance(failure, INTERRUPTED)
+                interrupted |= _is_mistake(failure)
                 if not _goes_on(failure, job.layout.ranks):
                     raise
             finally:
@@ -345,11 +346,16 @@ def _reason(failure: BaseException) -> str:
     return text if isinstance(failure, FedamoleError) else f"{type(failure).__name__}: {text}"
 
 
+def _is_mistake(failure: BaseException) -> bool:
+    """Whether something is wrong that is none of the client's: its job fails, and says so."""
+    return isinstance(failure, FedamoleError) and not isinstance(failure, ClientError)
+
+
 def _goes_on(failure: BaseException, ranks: int) -> bool:
     """Log why a client failed, and tell whether the process can do its next one."""
-    if not isinstance(failure, Exception):
+    if not isinstance(failure, Exception) or _is_mistake(failure):
         return False
-    if isinstance(failure, FedamoleError):
+    if isinstance(failure, ClientError):
         logger.error("failed: %s", failure)
     else:
         logger.exception("failed:")
@@ -384,30 +390,12 @@ def _session(job: _Job) -> "Iterator[tuple[ClientSession, int]]":
     path, made_with = args.backbone / "backbone.json", digest(settings.run.tokens.backbone)
     facts = read_record(path, "backbone", made_with)[1]
     store = TokenStore.open(args.tokens, digest(settings.run.tokens))
-    # A test adds one choice, or a whole generated answer, to a prompt shorter than max_length.
-    answer = max(map(len, store.choices), default=settings.evaluation.max_new_tokens + 1) - 1
-    max_length = settings.run.scenario.max_length
-    check_length(facts["name"], facts.get("positions"), max_length, answer)
     clients = settings.run.scenario.clients
     if beyond := [client for client in args.clients if not 0 <= client < clients]:
         raise FedamoleError(f"--clients {beyond[0]}: the scenario has clients 0 to {clients - 1}")
-    _check_delta(settings, store)
+    check_session(settings, facts, store, prompt_length(settings.run, args.pool))
     with process_group(job.layout) as (seat, device):
         yield ClientSession(settings, args.backbone, store, device), seat.lane
-
-
-def _check_delta(settings: ClientStage, store: "TokenStore") -> None:
-    """Refuse a delta that is too large for a client of the scenario, before any client starts.
-
-    A mistake in the config is none of the client's: it must not drop out by it.
-    """
-    private = settings.run.privacy.dp_sgd
-    sizes = [len(rows.train) for rows in store.clients]
-    if private and not private.covers(max(sizes)):
-        raise FedamoleError(
-            f"privacy: dp_sgd: delta {private.delta} must be below 1 / training examples of every "
-            f"client; client {sizes.index(max(sizes))} has {max(sizes)}"
-        )
 
 
 def _check_lengths(args: argparse.Namespace, *outputs: list[Path]) -> None:

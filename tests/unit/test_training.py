@@ -85,7 +85,7 @@ class Workshop:
     def changed(self, **sections: dict[str, Any]) -> "Workshop":
         """The same files with other settings."""
         other = copy.copy(self)
-        other.raw = {**self.raw, **{key: self.raw[key] | sections[key] for key in sections}}
+        other.raw = {**self.raw, **{key: self.raw.get(key, {}) | sections[key] for key in sections}}
         return other
 
     def init(self, name: str, stage: stages.ClientStage) -> tuple[Path, Path]:
@@ -271,6 +271,22 @@ def test_a_client_that_fails_stops_no_other_and_a_retry_does_only_it(
     if ranks == 1:
         for name in ("client_0.h5", "client_1.h5", "metrics_0.json", "metrics_1.json"):
             assert (folder / name).read_bytes() == (one_rank / name).read_bytes()
+
+
+def test_a_mistake_that_is_none_of_the_client_fails_the_job_and_drops_nobody(
+    workshop: Workshop,
+) -> None:
+    tolerant = workshop.changed(participation={"quorum": 0.3})
+    stage, folder = tolerant.stage(), workshop.folder / "mistaken"
+    pool, assignment = tolerant.init(folder.name, stage)
+    shutil.copy(assignment, pool)
+    failed = fedamole(*tolerant.arguments(stage, folder, [0]))
+    assert failed.returncode == 2
+    assert f"fedamole: {pool}: holds assignment; pool is needed" in failed.stderr
+    assert "no result of clients 0" in failed.stderr
+    assert "drops out" not in failed.stderr and "Traceback" not in failed.stderr
+    (record,) = read_progress(folder / "progress")
+    assert (record.state, record.attempt) == ("failed", 0)
 
 
 def without_training_examples(clients_json: str, client: int) -> str:
