@@ -232,10 +232,46 @@ def run_stage(config: Config, scenario: str, run: str) -> RunStage:
         assignment=config.assignment if facts.assigns else AssignmentSettings(),
         aggregation=config.aggregation if averages else AggregationSettings(),
         training=training,
-        participation=config.participation if averages else ParticipationSettings(),
+        participation=_settled_beforehand(config.participation)
+        if averages
+        else ParticipationSettings(),
         privacy=privacy,
         **{section: getattr(config, section) for section in facts.uses},
     )
+
+
+def _settled_beforehand(participation: ParticipationSettings) -> ParticipationSettings:
+    """Who takes part, without the quorum where it only decides whether a study goes on.
+
+    It changes no number then, and may be lowered late: nothing reruns. Simulated dropouts stop at
+    the quorum, so with them it is part of the settings.
+    """
+    if participation.dropout_rate:
+        return participation
+    return ParticipationSettings(**participation.model_dump(exclude={"quorum"}))
+
+
+def quorum_of(config: Config, run: str) -> float:
+    """Share of the drawn clients that must report in every round of a run."""
+    facts = RUNS[run]
+    averages = facts.trains and not facts.pooled
+    return (config.participation if averages else ParticipationSettings()).quorum
+
+
+def with_quorum(stage: RunStage, quorum: float | None) -> RunStage:
+    """A run under the quorum that holds now: to decide with, never to take the digest of.
+
+    Parameters
+    ----------
+    stage
+        The settings that the files of the run were made with.
+    quorum
+        See :func:`quorum_of`; None: that of the settings.
+    """
+    if quorum is None:
+        return stage
+    participation = stage.participation.model_copy(update={"quorum": quorum})
+    return stage.model_copy(update={"participation": participation})
 
 
 def _untrained(training: TrainingSettings) -> TrainingSettings:

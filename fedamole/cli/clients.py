@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 from fedamole import launching
 from fedamole.artifacts import Header, read_record, sha256, write_record
+from fedamole.cli.arguments import add_quorum
 from fedamole.cli.libraries import prepare_libraries
 from fedamole.cli.session_checks import check_session, prompt_length
 from fedamole.config import parse
 from fedamole.errors import ClientError, FedamoleError
 from fedamole.launching import Layout
 from fedamole.progress import RoundProgress, Work, read_progress
-from fedamole.stages import ClientStage, digest
+from fedamole.stages import ClientStage, digest, with_quorum
 
 if TYPE_CHECKING:
     from fedamole.client import ClientReport, ClientSession
@@ -46,6 +47,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="what clients kept when they last took part, also clients of other jobs",
     )
     train.add_argument("--out-kept", type=Path, nargs="*", default=[], metavar="FILE")
+    add_quorum(train)
     train.set_defaults(command=run_train_clients)
     evaluate = subparsers.add_parser("evaluate-clients", help="test a pool on clients")
     _add_inputs(evaluate)
@@ -145,7 +147,9 @@ class _Job:
     @property
     def tolerant(self) -> bool:
         """Whether a round may go on without some of its clients."""
-        return self.work == "train" and self.settings.run.participation.quorum < 1
+        if self.work != "train":
+            return False
+        return with_quorum(self.settings.run, self.args.quorum).participation.quorum < 1
 
 
 ForClient = Callable[["ClientSession", int, "list[Path]"], None]

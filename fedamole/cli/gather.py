@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fedamole.artifacts import Header, canonical, read_record, replacing, sha256
+from fedamole.cli.arguments import add_quorum
 from fedamole.config import parse
 from fedamole.pools import Assignment
 from fedamole.records import KIND
 from fedamole.registry import lookup
-from fedamole.stages import ClientStage, RunStage, digest
+from fedamole.stages import ClientStage, RunStage, digest, with_quorum
 
 # What of a client's record the tables and figures use; its answers stay with the run.
 CLIENT_FIELDS = (
@@ -39,6 +40,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--partition", type=Path, required=True)
     parser.add_argument("--metrics", type=Path, nargs="+", required=True, metavar="FILE")
     parser.add_argument("--assignments", type=Path, nargs="*", default=[], metavar="FILE")
+    add_quorum(parser)
     parser.add_argument("--out", type=Path, required=True)
     parser.set_defaults(command=run_gather)
 
@@ -53,7 +55,7 @@ def run_gather(args: argparse.Namespace) -> None:
     clients = [record for record in tests if "dropped_out" not in record]
     dropouts = [record for record in tests if "dropped_out" in record]
     if lookup(args.method).evaluated == "local":
-        _check_quorums(clients, dropouts, settings.run)
+        _check_quorums(clients, dropouts, with_quorum(settings.run, args.quorum))
     partition = read_record(args.partition, "partition", digest(settings.run.tokens.scenario))[1]
     assignments = [read_assignment(path, digest(settings.run)) for path in args.assignments]
     parents = {

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedamole.artifacts import Header, sha256
+from fedamole.cli.arguments import add_quorum
 from fedamole.config import parse
-from fedamole.stages import RunStage, digest
+from fedamole.stages import RunStage, digest, with_quorum
 
 if TYPE_CHECKING:
     from fedamole.pools import Upload
@@ -24,6 +25,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     aggregate.add_argument("--pool", type=Path, required=True, help="pool of the round before")
     aggregate.add_argument("--assignment", type=Path, required=True, help="who held what")
     aggregate.add_argument("--uploads", type=Path, nargs="+", required=True, metavar="FILE")
+    add_quorum(aggregate)
     aggregate.add_argument("--out-pool", type=Path, required=True, metavar="FILE")
     aggregate.set_defaults(command=run_aggregate)
     assign = subparsers.add_parser("assign", help="choose who holds which experts next")
@@ -48,7 +50,8 @@ def run_aggregate(args: argparse.Namespace) -> None:
     label = f"{settings.label} round {previous.round + 1}"
     reported = [path for path in args.uploads if not _dropped_out(path, run_digest, label)]
     uploads = _uploads(reported, run_digest)
-    pool = load(settings.run).aggregate(settings, previous, assignment, uploads)
+    current = with_quorum(settings, args.quorum)
+    pool = load(settings.run).aggregate(current, previous, assignment, uploads)
     parents = {"pool": sha256(args.pool), "assignment": sha256(args.assignment)}
     parents |= {f"upload_{i:04}": sha256(path) for i, path in enumerate(args.uploads)}
     write_pool(args.out_pool, Header("pool", run_digest, parents), pool)

@@ -209,6 +209,27 @@ def test_a_raised_stage_version_changes_the_digest(
     assert stages.digest(stages.run_stage(config, scenario, "fedamole")) != before
 
 
+def test_a_quorum_is_a_setting_of_files_only_where_it_ends_simulated_dropouts(
+    smoke: dict[str, Any], configs: Path
+) -> None:
+    def stage_with(**participation: float) -> tuple[stages.RunStage, float]:
+        config = load_config({**smoke, "participation": participation}, configs)
+        slug = next(iter(config.scenario_seeds()))
+        stage = stages.run_stage(config, slug, "fedit")
+        return stage, stages.with_quorum(stage, stages.quorum_of(config, "fedit")).population.fewest
+
+    strict, lowered = stage_with(), stage_with(quorum=0.3)
+    assert stages.digest(strict[0]) == stages.digest(lowered[0])
+    assert (strict[1], lowered[1]) == (3, 1)
+    lossy = [stage_with(dropout_rate=0.5, quorum=quorum)[0] for quorum in (0.3, 0.6)]
+    assert stages.digest(lossy[0]) != stages.digest(lossy[1])
+
+
+def test_pooled_data_have_no_quorum(smoke: dict[str, Any], configs: Path) -> None:
+    config = load_config({**smoke, "participation": {"quorum": 0.5}}, configs)
+    assert stages.quorum_of(config, "centralised") == 1
+
+
 def test_defaults_belong_to_the_stage_versions() -> None:
     """Defaults are in no digest: whoever changes one raises the version of its stage, and this."""
     import hashlib

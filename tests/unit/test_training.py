@@ -85,7 +85,7 @@ class Workshop:
     def changed(self, **sections: dict[str, Any]) -> "Workshop":
         """The same files with other settings."""
         other = copy.copy(self)
-        other.raw = {**self.raw, **{key: self.raw.get(key, {}) | sections[key] for key in sections}}
+        other.raw = {**self.raw, **{key: self.raw[key] | sections[key] for key in sections}}
         return other
 
     def init(self, name: str, stage: stages.ClientStage) -> tuple[Path, Path]:
@@ -276,11 +276,10 @@ def test_a_client_that_fails_stops_no_other_and_a_retry_does_only_it(
 def test_a_mistake_that_is_none_of_the_client_fails_the_job_and_drops_nobody(
     workshop: Workshop,
 ) -> None:
-    tolerant = workshop.changed(participation={"quorum": 0.3})
-    stage, folder = tolerant.stage(), workshop.folder / "mistaken"
-    pool, assignment = tolerant.init(folder.name, stage)
+    stage, folder = workshop.stage(), workshop.folder / "mistaken"
+    pool, assignment = workshop.init(folder.name, stage)
     shutil.copy(assignment, pool)
-    failed = fedamole(*tolerant.arguments(stage, folder, [0]))
+    failed = fedamole(*workshop.arguments(stage, folder, [0]), "--quorum", "0.3")
     assert failed.returncode == 2
     assert f"fedamole: {pool}: holds assignment; pool is needed" in failed.stderr
     assert "no result of clients 0" in failed.stderr
