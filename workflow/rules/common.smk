@@ -308,9 +308,7 @@ def quorum(wildcards, output):
     may be lowered late.
     """
     run = (
-        METHODS[wildcards.method].run
-        if "method" in wildcards.keys()
-        else wildcards.run
+        METHODS[wildcards.method].run if "method" in wildcards.keys() else wildcards.run
     )
     return f"--quorum {stages.quorum_of(CONFIG, run)}"
 
