@@ -151,6 +151,8 @@ class Config(Section):
             )
         if conflict := self.privacy.conflict(self.training, self.aggregation):
             raise ValueError(conflict)
+        if unused := self._privacy_of_nothing():
+            raise ValueError(unused)
         execution, ranks = self.execution, self.training.ranks
         processes = execution.processes(ranks)
         if processes % execution.nodes:
@@ -177,6 +179,17 @@ class Config(Section):
                     f"data set name {scenario.dataset.name!r} stands for two different data sets"
                 )
         return self
+
+    def _privacy_of_nothing(self) -> str | None:
+        """Name a kind of privacy that no method has a use for: it would protect nobody."""
+        rows = [lookup(method) for method in self.methods]
+        if self.privacy.embeddings and not any(row.assigns for row in rows):
+            what = "embeddings: no method uploads embeddings; those with domain experts do"
+        elif self.privacy.dp_sgd and not any(row.trains for row in rows):
+            what = "dp_sgd: no method trains"
+        else:
+            return None
+        return f"privacy: {what}; leave it out (methods: {', '.join(self.methods)})"
 
     def scenario_seeds(self) -> dict[str, tuple[ScenarioSettings, int]]:
         """Map the slug of every (scenario, seed) to both, in config order."""

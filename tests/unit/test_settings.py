@@ -13,6 +13,9 @@ from fedamole.errors import FedamoleError
 from fedamole.settings import AssignmentSettings, PartitionSettings, Section, TrainingSettings
 
 
+DP_SGD = {"noise_multiplier": 1.0, "max_grad_norm": 1.0}
+
+
 @pytest.fixture
 def smoke(configs: Path) -> dict[str, Any]:
     """The smoke config as it stands in its file."""
@@ -197,6 +200,30 @@ def test_one_name_for_two_data_sets_is_refused(smoke: dict[str, Any], configs: P
     smoke["scenarios"].append(other)
     with pytest.raises(FedamoleError, match="'chatterbot' stands for two different data sets"):
         load_config(smoke, configs)
+
+
+@pytest.mark.parametrize(
+    ("methods", "privacy", "message"),
+    [
+        (["fedit", "local"], {"embeddings": {"eta": 1}}, "embeddings: no method uploads embeddi"),
+        (["fedit", "fedamole-homo"], {"embeddings": {"eta": 1}}, None),
+        (["zero-shot"], {"dp_sgd": DP_SGD}, "dp_sgd: no method trains; leave it out .*zero-shot"),
+        (["zero-shot", "local"], {"dp_sgd": DP_SGD}, None),
+    ],
+)
+def test_privacy_that_protects_nobody_is_refused(
+    smoke: dict[str, Any],
+    configs: Path,
+    methods: list[str],
+    privacy: dict[str, Any],
+    message: str | None,
+) -> None:
+    raw = {**smoke, "methods": methods, "privacy": privacy}
+    if message is None:
+        assert load_config(raw, configs).privacy.model_dump(exclude_defaults=True) == privacy
+    else:
+        with pytest.raises(FedamoleError, match=f"privacy: {message}"):
+            load_config(raw, configs)
 
 
 def test_a_raised_stage_version_changes_the_digest(
