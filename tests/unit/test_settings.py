@@ -12,7 +12,6 @@ from fedamole.config import Config, check_config_files, load_config, parse, read
 from fedamole.errors import FedamoleError
 from fedamole.settings import AssignmentSettings, PartitionSettings, Section, TrainingSettings
 
-
 DP_SGD = {"noise_multiplier": 1.0, "max_grad_norm": 1.0}
 
 
