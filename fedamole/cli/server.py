@@ -64,9 +64,14 @@ def _dropped_out(path: Path, run_digest: str, label: str) -> bool:
 
     reason = read_dropout(path, run_digest)
     if reason is not None:
-        again = f"snakemake --forcerun {path} lets it try again"
-        logger.warning("%s: %s dropped out: %s (%s)", label, path.stem, reason, again)
+        warn_of_dropout(label, path, reason)
     return reason is not None
+
+
+def warn_of_dropout(label: str, path: Path, reason: str) -> None:
+    """Log why a client dropped out, and how its file comes to be made anew."""
+    again = f"snakemake --forcerun {path} lets it try again"
+    logger.warning("%s: %s dropped out: %s (%s)", label, path.stem, reason, again)
 
 
 def _uploads(paths: list[Path], run_digest: str) -> "Iterator[Upload]":
