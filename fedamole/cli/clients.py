@@ -5,6 +5,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -262,7 +263,7 @@ def _run(job: _Job, do: ForClient) -> None:
         failed = [client for client in missing if job.progress.attempts(client) > before[client]]
         missing = _without_lost(job, missing)
         # Where processes wait for each other, one client that fails interrupts others.
-        if not (job.tolerant and failed):
+        if not (job.tolerant and failed) or _failed_alike(job, missing):
             break
     if missing:
         summary = _summary(job, missing)
@@ -275,9 +276,21 @@ def _without_lost(job: _Job, missing: list[int]) -> list[int]:
     if not job.tolerant:
         return missing
     lost = [client for client in missing if job.progress.attempts(client) >= MOST_ATTEMPTS]
+    if _failed_alike(job, lost):
+        return missing
     for client in lost:
         _drop(job, client)
     return [client for client in missing if client not in lost]
+
+
+def _failed_alike(job: _Job, lost: list[int]) -> bool:
+    """Whether all of several clients failed too often and by one reason: that is none of theirs."""
+    if len(lost) < max(2, len(job.outputs)):
+        return False
+    if any(job.progress.attempts(client) < MOST_ATTEMPTS for client in lost):
+        return False
+    # Reasons differ in the numbers of clients, steps and losses.
+    return len({re.sub(r"[\d.]+", "", job.progress.reason(client)) for client in lost}) == 1
 
 
 def _attempt(
