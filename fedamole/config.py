@@ -14,6 +14,7 @@ from fedamole.mistakes import explain
 from fedamole.participation import Participation
 from fedamole.registry import lookup
 from fedamole.settings import (
+    GENERATED_POSITIONS,
     AdapterSettings,
     AggregationSettings,
     AssignmentSettings,
@@ -117,6 +118,8 @@ class Config(Section):
     def _sequences_fit_the_backbone(self) -> "Config":
         size = self.backbone.size
         positions = size.max_position_embeddings if size else None
+        if self.backbone.generate:
+            positions = GENERATED_POSITIONS
         # A prompt of fedprompt has as many tokens as its text, which the tokenizer will tell.
         virtual_tokens = self.prompt.virtual_tokens if "fedptuning" in self.runs() else 0
         for scenario in self.scenarios:

@@ -153,7 +153,7 @@ def test_without_dp_sgd_there_is_no_epsilon() -> None:
 
 
 def test_a_client_with_too_many_examples_for_delta_is_named() -> None:
-    stage = run(privacy={"dp_sgd": dp_sgd(1.0, delta=0.1).model_dump()})
-    message = "fedit round 2 client 1: privacy: dp_sgd: delta 0.1 must be below 1 / training"
+    stage = run(privacy={"dp_sgd": dp_sgd(1.0, delta=0.05).model_dump()})
+    message = "fedit round 2 client 1: privacy: dp_sgd: delta 0.05 must be below 1 / training"
     with pytest.raises(FedamoleError, match=message):
         epsilon_after(stage, client=1, round_=2, num_examples=120)

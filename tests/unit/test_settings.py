@@ -181,11 +181,12 @@ def test_processes_of_a_job_must_lie_evenly(
         load_config(smoke, configs)
 
 
+@pytest.mark.parametrize("backbone", ["opt-350m", {"name": "tiny", "generate": {}}])
 def test_sequences_that_the_backbone_has_no_positions_for_are_refused(
-    smoke: dict[str, Any], configs: Path
+    smoke: dict[str, Any], configs: Path, backbone: Any
 ) -> None:
-    """The file of OPT says 2048; an answer has up to 8 tokens, a soft prompt 20."""
-    smoke["backbone"] = "opt-350m"
+    """OPT and generated models have 2048; an answer has up to 8 tokens, a soft prompt 20."""
+    smoke["backbone"] = backbone
     for method, longest in (("fedit", 2040), ("fedptuning", 2020)):
         smoke["methods"] = [method]
         load_config(change(smoke, "scenarios.0.max_length", longest), configs)
