@@ -32,7 +32,7 @@ from fedamole.settings import (
 )
 
 # Raised when a change of the code, or of a default, changes what the stage writes.
-VERSIONS = {"backbone": 1, "scenario": 1, "tokens": 1, "run": 1, "client": 1, "results": 1}
+VERSIONS = {"backbone": 1, "scenario": 1, "tokens": 1, "run": 1, "client": 1, "results": 2}
 
 
 class BackboneStage(Section):
