@@ -36,6 +36,8 @@ class Run:
         Whether linear layers get LoRA adapters.
     uses
         Sections of the config that this run depends on beyond those of all runs.
+    version
+        Raised when a change of the method's own code changes its numbers: no other run reruns.
     """
 
     module: str
@@ -45,6 +47,7 @@ class Run:
     pooled: bool = False
     adapts: bool = True
     uses: tuple[Section, ...] = ()
+    version: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ RUNS: dict[str, Run] = {
     "fedamole-client-chooses": Run("fedamole", assigns=True),
     "fedprompt": Run("soft_prompts", adapts=False, uses=("prompt",)),
     "fedptuning": Run("soft_prompts", adapts=False, uses=("prompt",)),
-    "fdlora": Run("fdlora", keeps=True, uses=("fdlora",)),
+    "fdlora": Run("fdlora", keeps=True, uses=("fdlora",), version=1),
     "fedapen": Run("mutual", keeps=True, uses=("fedapen",)),
     "fml": Run("mutual", keeps=True),
     "fedsa-lora": Run("fedsa_lora", keeps=True),

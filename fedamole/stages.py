@@ -31,7 +31,8 @@ from fedamole.settings import (
     TrainingSettings,
 )
 
-# Raised when a change of the code, or of a default, changes what the stage writes.
+# Raised when a change of the code, or of a default, changes what the stage writes. What changes one
+# method only raises the version of its run in the registry.
 VERSIONS = {"backbone": 1, "scenario": 1, "tokens": 1, "run": 1, "client": 1, "results": 2}
 
 
@@ -224,7 +225,7 @@ def run_stage(config: Config, scenario: str, run: str) -> RunStage:
         dp_sgd=config.privacy.dp_sgd if facts.trains else None,
     )
     return RunStage(
-        version=VERSIONS["run"],
+        version=VERSIONS["run"] + facts.version,
         run=run,
         tokens=tokens_stage(config, scenario),
         loading=_part(config.backbone, BackboneLoading),

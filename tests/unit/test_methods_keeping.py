@@ -22,7 +22,7 @@ from fedamole.client import ClientResult, ClientSession
 from fedamole.fusion import find_weights, fused
 from fedamole.methods import load
 from fedamole.methods.building_blocks import Tensors, shared_of, with_shared
-from fedamole.methods.fdlora import outer_step
+from fedamole.methods.fdlora import is_due, outer_step
 from fedamole.partition import ClientSplit
 from fedamole.pool_files import read_pool, write_kept, write_pool, write_upload
 from fedamole.pools import ClientGroup, ClientState, KeptState, PoolGroup
@@ -360,6 +360,25 @@ def as_float32(tensors: Tensors) -> Tensors:
         name: {key: array.astype(np.float32) for key, array in by_key.items()}
         for name, by_key in tensors.items()
     }
+
+
+def test_a_client_that_was_away_catches_up(
+    federation: Federation, played: dict[str, list[Round]]
+) -> None:
+    """After round 1 it comes back in round 3; round 2 was one for copies."""
+    settings = {"fdlora": {"fusion_penalty": 0.0, "sync_every": 2}}
+    session = federation.session("fdlora", **{**LEARNING, **settings})
+    first, *_, third = played["fdlora"]
+    result = load("fdlora").train_client(session, 0, 3, third.states[0], kept(first, 0))
+    assert result.kept is not None
+    assert equal(result.kept.groups, shared_of(result.upload.state))
+    for every in (1, 2, 5):
+        # Who is always there copies after multiples; nobody copies twice for one of them.
+        always = [t for t in range(2, 30) if is_due(t, t - 1, every)]
+        assert always == [t for t in range(2, 30) if t % every == 0]
+        for last, now in ((1, 3), (4, 9), (5, 9), (7, 22)):
+            missed = any(t % every == 0 for t in range(last + 1, now + 1))
+            assert is_due(now, last, every) == missed
 
 
 def test_the_personal_adapter_becomes_the_local_one_every_few_rounds(

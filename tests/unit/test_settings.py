@@ -1,5 +1,6 @@
 """Configs: names are looked up, mistakes are explained, digests follow the settings."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -255,6 +256,21 @@ def test_a_quorum_is_a_setting_of_files_only_where_it_ends_simulated_dropouts(
 def test_pooled_data_have_no_quorum(smoke: dict[str, Any], configs: Path) -> None:
     config = load_config({**smoke, "participation": {"quorum": 0.5}}, configs)
     assert stages.quorum_of(config, "centralised") == 1
+
+
+def test_the_version_of_a_method_reruns_no_other(
+    smoke: dict[str, Any], configs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def digests() -> dict[str, str]:
+        config = load_config({**smoke, "methods": ["fdlora", "fedit"]}, configs)
+        slug = next(iter(config.scenario_seeds()))
+        return {run: stages.digest(stages.run_stage(config, slug, run)) for run in config.runs()}
+
+    before = digests()
+    facts = stages.RUNS["fdlora"]
+    monkeypatch.setitem(stages.RUNS, "fdlora", replace(facts, version=facts.version + 1))
+    after = digests()
+    assert after["fedit"] == before["fedit"] and after["fdlora"] != before["fdlora"]
 
 
 def test_defaults_belong_to_the_stage_versions() -> None:
