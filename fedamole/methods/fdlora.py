@@ -128,7 +128,7 @@ def _fuse(session: "ClientSession", trained: "Trained", personal: ClientState) -
 
     run, batch_size = session.settings.run, session.settings.evaluation.batch_size
     embedding_set = session.store.clients[trained.client].embedding
-    rows = embedding_set[: run.fdlora.fusion_batches * batch_size]
+    rows = embedding_set[: run.fdlora.fusion_batches * run.training.batch_size]
 
     def put(weights: np.ndarray) -> None:
         load_state(trained.scored, fused((personal, trained.state), weights))

@@ -237,7 +237,7 @@ def embedding_passes(config: Config, data: ClientData, work: RunWork) -> list[Pa
         return []
     sequences, times = data.embedding, 1
     if use == "search":
-        sequences = min(sequences, config.fdlora.fusion_batches * batch_size)
+        sequences = min(sequences, config.fdlora.fusion_batches * config.training.batch_size)
         times = config.fdlora.fusion_budget
     return [_batches(config, sequences, data.tokens, data.answer_tokens)] * times
 

@@ -355,6 +355,28 @@ def test_the_fused_model_is_a_lora_of_the_fused_arrays(
     assert any(both)
 
 
+def test_the_batch_size_of_tests_does_not_choose_what_the_fusion_sees(
+    federation: Federation, played: dict[str, list[Round]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedamole import evaluation
+
+    exact, seen = evaluation.evaluation_loss, set[tuple[int, ...]]()
+
+    def spy(scored: nn.Module, store: Any, rows: np.ndarray, *others: Any) -> float:
+        seen.add(tuple(rows))
+        return exact(scored, store, rows, *others)
+
+    monkeypatch.setattr(evaluation, "evaluation_loss", spy)
+    second = played["fdlora"][1]
+    for batch_size in (1, 4):
+        sections = {"evaluation": {"batch_size": batch_size}, "fdlora": {"fusion_batches": 2}}
+        session = federation.session("fdlora", **{**LEARNING, **sections})
+        before = kept(played["fdlora"][0], 0)
+        load("fdlora").train_client(session, 0, 2, second.states[0], before)
+    # Two batches of training, of two sequences each.
+    assert seen == {tuple(session.store.clients[0].embedding[:4])}
+
+
 def as_float32(tensors: Tensors) -> Tensors:
     return {
         name: {key: array.astype(np.float32) for key, array in by_key.items()}
