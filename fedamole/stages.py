@@ -6,11 +6,12 @@ made with other settings are thereby recognised, also where Snakemake's own reco
 
 import hashlib
 import json
+from collections.abc import Iterable
 
 from fedamole.config import Config, SectionT
 from fedamole.participation import Participation
 from fedamole.randomness import stream
-from fedamole.registry import RUNS, lookup
+from fedamole.registry import RUNS, Run, Use, lookup
 from fedamole.settings import (
     AdapterSettings,
     AggregationSettings,
@@ -219,7 +220,6 @@ def run_stage(config: Config, scenario: str, run: str) -> RunStage:
     training = config.training
     if not facts.trains:
         training = _untrained(config.training)
-    averages = facts.trains and not facts.pooled
     privacy = PrivacySettings(
         embeddings=config.privacy.embeddings if facts.assigns else None,
         dp_sgd=config.privacy.dp_sgd if facts.trains else None,
@@ -231,22 +231,50 @@ def run_stage(config: Config, scenario: str, run: str) -> RunStage:
         loading=_part(config.backbone, BackboneLoading),
         adapter=adapter,
         assignment=config.assignment if facts.assigns else AssignmentSettings(),
-        aggregation=config.aggregation if averages else AggregationSettings(),
+        aggregation=_weighting(config.aggregation, facts),
         training=training,
-        participation=_settled_beforehand(config.participation)
-        if averages
-        else ParticipationSettings(),
+        participation=_settled_beforehand(config, run),
         privacy=privacy,
-        **{section: getattr(config, section) for section in facts.uses},
+        **_used(config, facts.uses),
     )
 
 
-def _settled_beforehand(participation: ParticipationSettings) -> ParticipationSettings:
+def _weighting(aggregation: AggregationSettings, facts: Run) -> AggregationSettings:
+    """How the server averages, as far as it matters: without experts, tokens mean examples."""
+    if not (facts.trains and facts.averages):
+        return AggregationSettings()
+    if aggregation.weighting == "tokens" and not facts.assigns:
+        return AggregationSettings(weighting="examples")
+    return aggregation
+
+
+def _used(config: Config, uses: Iterable[Use]) -> dict[str, Section]:
+    """What only some runs depend on: whole sections, or defaults with single settings replaced."""
+    found: dict[str, Section] = {}
+    for use in uses:
+        name, _, setting = use.partition(".")
+        given: Section = getattr(config, name)
+        if setting:
+            start = found.get(name, type(given)())
+            given = start.model_copy(update={setting: getattr(given, setting)})
+        found[name] = given
+    return found
+
+
+def _participation(config: Config, run: str) -> ParticipationSettings:
+    """Who takes part in a run: the default where there are no clients to choose from."""
+    facts = RUNS[run]
+    federated = facts.trains and not facts.pooled
+    return config.participation if federated else ParticipationSettings()
+
+
+def _settled_beforehand(config: Config, run: str) -> ParticipationSettings:
     """Who takes part, without the quorum where it only decides whether a study goes on.
 
     It changes no number then, and may be lowered late: nothing reruns. Simulated dropouts stop at
     the quorum, so with them it is part of the settings.
     """
+    participation = _participation(config, run)
     if participation.dropout_rate:
         return participation
     return ParticipationSettings(**participation.model_dump(exclude={"quorum"}))
@@ -254,9 +282,7 @@ def _settled_beforehand(participation: ParticipationSettings) -> ParticipationSe
 
 def quorum_of(config: Config, run: str) -> float:
     """Share of the drawn clients that must report in every round of a run."""
-    facts = RUNS[run]
-    averages = facts.trains and not facts.pooled
-    return (config.participation if averages else ParticipationSettings()).quorum
+    return _participation(config, run).quorum
 
 
 def with_quorum(stage: RunStage, quorum: float | None) -> RunStage:

@@ -50,7 +50,7 @@ def prompt_length(run: RunStage, pool: Path) -> int:
     from fedamole.methods.soft_prompts import EMBEDDING, PROMPT
     from fedamole.pool_files import read_client_state
 
-    if "prompt" not in RUNS[run.run].uses:
+    if not RUNS[run.run].depends_on("prompt"):
         return 0
     state = read_client_state(pool, None, 0, digest(run))
     return int(state.groups[PROMPT].shared[EMBEDDING].shape[1])

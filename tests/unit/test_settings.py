@@ -273,6 +273,43 @@ def test_the_version_of_a_method_reruns_no_other(
     assert after["fedit"] == before["fedit"] and after["fdlora"] != before["fdlora"]
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "touched"),
+    [
+        ("aggregation.weighting", "examples", {"fedamole", "fedit", "fedprompt", "fedptuning"}),
+        ("prompt.text", "Answer:", {"fedprompt"}),
+        ("prompt.virtual_tokens", 7, {"fedptuning"}),
+        ("prompt.encoder_width", 16, {"fedptuning"}),
+    ],
+)
+def test_a_setting_is_part_of_the_runs_that_it_means_something_to(
+    smoke: dict[str, Any], configs: Path, path: str, value: Any, touched: set[str]
+) -> None:
+    smoke["methods"] = ["fedamole", "fedit", "fedprompt", "fedptuning", "local", "centralised"]
+
+    def stages_of(raw: dict[str, Any]) -> dict[str, stages.RunStage]:
+        config = load_config(raw, configs)
+        slug = next(iter(config.scenario_seeds()))
+        return {run: stages.run_stage(config, slug, run) for run in config.runs()}
+
+    before = stages_of(smoke)
+    after = stages_of(change(smoke, path, value))
+    changed = {run for run in before if stages.digest(before[run]) != stages.digest(after[run])}
+    assert changed == touched
+    section, name = path.split(".")
+    assert all(getattr(getattr(after[run], section), name) == value for run in touched)
+
+
+def test_without_experts_tokens_weigh_as_examples(smoke: dict[str, Any], configs: Path) -> None:
+    def digest_of(run: str, weighting: str) -> str:
+        config = load_config(change(smoke, "aggregation.weighting", weighting), configs)
+        slug = next(iter(config.scenario_seeds()))
+        return stages.digest(stages.run_stage(config, slug, run))
+
+    assert digest_of("fedit", "tokens") == digest_of("fedit", "examples")
+    assert digest_of("fedamole", "tokens") != digest_of("fedamole", "examples")
+
+
 def test_defaults_belong_to_the_stage_versions() -> None:
     """Defaults are in no digest: whoever changes one raises the version of its stage, and this."""
     import hashlib
