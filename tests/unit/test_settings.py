@@ -11,7 +11,14 @@ from pydantic import Field
 from fedamole import stages
 from fedamole.config import Config, check_config_files, load_config, parse, read_yaml
 from fedamole.errors import FedamoleError
-from fedamole.settings import AssignmentSettings, PartitionSettings, Section, TrainingSettings
+from fedamole.registry import METHODS
+from fedamole.settings import (
+    AssignmentSettings,
+    DatasetSettings,
+    PartitionSettings,
+    Section,
+    TrainingSettings,
+)
 
 DP_SGD = {"noise_multiplier": 1.0, "max_grad_norm": 1.0}
 
@@ -308,6 +315,17 @@ def test_without_experts_tokens_weigh_as_examples(smoke: dict[str, Any], configs
 
     assert digest_of("fedit", "tokens") == digest_of("fedit", "examples")
     assert digest_of("fedamole", "tokens") != digest_of("fedamole", "examples")
+
+
+def test_the_study_of_all_methods_has_all(configs: Path) -> None:
+    config = load_config(read_yaml(configs / "methods.yaml"), configs)
+    assert set(config.methods) == set(METHODS)
+    # Its data sets are those of the library, read from files.
+    for scenario in config.scenarios:
+        mine = scenario.dataset
+        library = parse(DatasetSettings, read_yaml(configs / f"datasets/{mine.name}.yaml"), "")
+        fractions = {"eval_fraction": library.eval_fraction, "test_fraction": library.test_fraction}
+        assert mine.model_copy(update={"source": library.source, **fractions}) == library
 
 
 def test_defaults_belong_to_the_stage_versions() -> None:
