@@ -31,11 +31,6 @@ LORA = ("lora_A", "lora_B")
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
-    return Federation(tmp_path_factory.mktemp("federation") / "backbone")
-
-
-@pytest.fixture(scope="module")
 def played(federation: Federation) -> list[Round]:
     session = federation.session("fedalt")
     return list(federation.rounds(session, federation.folder.parent / "played"))

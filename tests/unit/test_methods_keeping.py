@@ -15,8 +15,8 @@ from federation import CLIENTS, Federation, Round, contents
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from fedamole.artifacts import Header, write_record
-from fedamole.backbone import describe, load_backbone
+from fedamole.artifacts import Header
+from fedamole.backbone import load_backbone
 from fedamole.batches import stream_of_examples
 from fedamole.client import ClientResult, ClientSession
 from fedamole.fusion import find_weights, fused
@@ -36,14 +36,6 @@ LEARNING = {
     "fdlora": {"fusion_penalty": 0.0},
 }
 ZERO_3 = {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}}
-
-
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
-    made = Federation(tmp_path_factory.mktemp("keeping") / "backbone")
-    facts = describe(made.folder, made.stage("fedit").run.backbone)
-    write_record(made.folder / "backbone.json", Header("backbone", "0" * 64), facts)
-    return made
 
 
 @pytest.fixture(scope="module")

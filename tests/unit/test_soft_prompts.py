@@ -417,13 +417,6 @@ def test_a_prompt_that_takes_the_last_positions_is_refused(
 # A federated round
 
 
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
-    made = Federation(tmp_path_factory.mktemp("federation") / "backbone")
-    write_facts(made.folder, {"positions": 2048})
-    return made
-
-
 PROMPT = {"virtual_tokens": 4, "encoder_width": 8, "text": TEXT}
 
 
