@@ -8,7 +8,7 @@ import math
 import warnings
 from functools import cache
 
-from fedamole.errors import ClientError
+from fedamole.errors import FedamoleError
 from fedamole.settings import DpSgdSettings
 from fedamole.stages import RunStage
 
@@ -45,11 +45,11 @@ def epsilon(settings: DpSgdSettings, batch_size: int, num_examples: int, steps: 
 
     Raises
     ------
-    ClientError
+    FedamoleError
         If delta is not below 1 / num_examples: publishing one example would then count as private.
     """
     if not settings.covers(num_examples):
-        raise ClientError(
+        raise FedamoleError(
             f"privacy: dp_sgd: delta {settings.delta} must be below 1 / training examples = "
             f"1 / {num_examples}"
         )
@@ -82,7 +82,7 @@ def epsilon_after(run: RunStage, client: int, round_: int, num_examples: int) ->
 
     Raises
     ------
-    ClientError
+    FedamoleError
         If delta is too large for the client.
     """
     if run.privacy.dp_sgd is None:
@@ -92,8 +92,8 @@ def epsilon_after(run: RunStage, client: int, round_: int, num_examples: int) ->
     sizes = (run.training.batch_size, num_examples, rounds * run.steps_of(client, num_examples))
     try:
         return epsilon(run.privacy.dp_sgd, *sizes)
-    except ClientError as error:
-        raise ClientError(f"{run.label} round {round_} client {client}: {error}") from error
+    except FedamoleError as error:
+        raise FedamoleError(f"{run.label} round {round_} client {client}: {error}") from error
 
 
 @cache

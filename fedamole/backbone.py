@@ -27,7 +27,12 @@ from fedamole.datasets.files import package_folder
 from fedamole.errors import FedamoleError
 from fedamole.pools import ModuleShape
 from fedamole.randomness import derive_seed
-from fedamole.settings import BackboneSettings, BackboneSource, GeneratedBackbone
+from fedamole.settings import (
+    GENERATED_POSITIONS,
+    BackboneSettings,
+    BackboneSource,
+    GeneratedBackbone,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -307,7 +312,7 @@ def _generate(folder: Path, settings: GeneratedBackbone, texts: Iterable[str]) -
         num_hidden_layers=settings.num_layers,
         num_attention_heads=settings.num_heads,
         num_key_value_heads=settings.num_heads,
-        max_position_embeddings=2048,
+        max_position_embeddings=GENERATED_POSITIONS,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

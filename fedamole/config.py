@@ -14,6 +14,7 @@ from fedamole.mistakes import explain
 from fedamole.participation import Participation
 from fedamole.registry import RUNS, lookup
 from fedamole.settings import (
+    GENERATED_POSITIONS,
     AdapterSettings,
     AggregationSettings,
     AssignmentSettings,
@@ -117,6 +118,8 @@ class Config(Section):
     def _sequences_fit_the_backbone(self) -> "Config":
         size = self.backbone.size
         positions = size.max_position_embeddings if size else None
+        if self.backbone.generate:
+            positions = GENERATED_POSITIONS
         # A prompt of fedprompt has as many tokens as its text, which the tokenizer will tell.
         virtual_tokens = self.prompt.virtual_tokens if "fedptuning" in self.runs() else 0
         for scenario in self.scenarios:
@@ -152,6 +155,8 @@ class Config(Section):
         if conflict := self.privacy.conflict(self.training, self.aggregation):
             raise ValueError(conflict)
         self._check_packs()
+        if unused := self._privacy_of_nothing():
+            raise ValueError(unused)
         execution, ranks = self.execution, self.training.ranks
         processes = execution.processes(ranks)
         if processes % execution.nodes:
@@ -203,6 +208,17 @@ class Config(Section):
                     raise ValueError(
                         f"training: clients of {run} cannot be packed, and one by one {reason}"
                     ) from error
+
+    def _privacy_of_nothing(self) -> str | None:
+        """Name a kind of privacy that no method has a use for: it would protect nobody."""
+        rows = [lookup(method) for method in self.methods]
+        if self.privacy.embeddings and not any(row.assigns for row in rows):
+            what = "embeddings: no method uploads embeddings; those with domain experts do"
+        elif self.privacy.dp_sgd and not any(row.trains for row in rows):
+            what = "dp_sgd: no method trains"
+        else:
+            return None
+        return f"privacy: {what}; leave it out (methods: {', '.join(self.methods)})"
 
     def scenario_seeds(self) -> dict[str, tuple[ScenarioSettings, int]]:
         """Map the slug of every (scenario, seed) to both, in config order."""

@@ -113,11 +113,16 @@ class RoundProgress:
             return 0
         return before.attempt if before.state in ("running", "failed") else 0
 
+    def reason(self, client: int) -> str:
+        """Why a client that was begun has failed the last time."""
+        before = self._read(client)
+        return (before and before.error) or "its job was ended"
+
     def drop(self, client: int) -> str:
         """Say that a round goes on without a client; give the reason of its last failure."""
         before = self._read(client)
         assert before is not None, "only a client that was begun can be dropped"
-        reason = before.error or "its job was ended"
+        reason = self.reason(client)
         self._write(replace(before, state="dropped", error=reason))
         return reason
 

@@ -10,8 +10,9 @@ from typing import Literal
 from fedamole.errors import FedamoleError, did_you_mean
 
 Evaluated = Literal["local", "aggregated"]
-# Sections of the config that only some runs depend on; all others keep their defaults there.
-Section = Literal["prompt", "fdlora", "fedapen"]
+# Sections of the config, or single settings of them, that only some runs depend on; all others keep
+# their defaults there.
+Use = Literal["prompt.text", "prompt.virtual_tokens", "prompt.encoder_width", "fdlora", "fedapen"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,11 @@ class Run:
     packs
         Whether clients can be trained at once through one backbone (`training: pack_clients`).
     uses
-        Sections of the config that this run depends on beyond those of all runs.
+        Sections or single settings that this run depends on beyond the sections of all runs.
+    averages
+        Whether the mean of the uploads is anything but an upload: weights of clients count.
+    version
+        Raised when a change of the method's own code changes its numbers: no other run reruns.
     """
 
     module: str
@@ -47,7 +52,13 @@ class Run:
     pooled: bool = False
     adapts: bool = True
     packs: bool = False
-    uses: tuple[Section, ...] = ()
+    uses: tuple[Use, ...] = ()
+    averages: bool = True
+    version: int = 0
+
+    def depends_on(self, section: str) -> bool:
+        """Whether a section that only some runs have matters, or a setting of it."""
+        return any(use.split(".")[0] == section for use in self.uses)
 
 
 @dataclass(frozen=True)
@@ -88,15 +99,17 @@ RUNS: dict[str, Run] = {
     "fedamole-linear-router": Run("fedamole", assigns=True, packs=True),
     "fedamole-greedy": Run("fedamole", assigns=True, packs=True),
     "fedamole-client-chooses": Run("fedamole", assigns=True, packs=True),
-    "fedprompt": Run("soft_prompts", adapts=False, uses=("prompt",)),
-    "fedptuning": Run("soft_prompts", adapts=False, uses=("prompt",)),
-    "fdlora": Run("fdlora", keeps=True, packs=True, uses=("fdlora",)),
+    "fedprompt": Run("soft_prompts", adapts=False, uses=("prompt.text",)),
+    "fedptuning": Run(
+        "soft_prompts", adapts=False, uses=("prompt.virtual_tokens", "prompt.encoder_width")
+    ),
+    "fdlora": Run("fdlora", keeps=True, packs=True, uses=("fdlora",), version=1),
     "fedapen": Run("mutual", keeps=True, uses=("fedapen",)),
     "fml": Run("mutual", keeps=True),
     "fedsa-lora": Run("fedsa_lora", keeps=True, packs=True),
     "fedalt": Run("fedalt", keeps=True),
-    "local": Run("local", keeps=True, packs=True),
-    "centralised": Run("centralised", pooled=True),
+    "local": Run("local", keeps=True, packs=True, averages=False),
+    "centralised": Run("centralised", pooled=True, averages=False),
 }
 
 # Colours in figures follow this order, so new rows go to the end.

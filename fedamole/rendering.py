@@ -87,8 +87,10 @@ HTML = Markup("<b>{}</b>", "<u>{}</u>", " &plusmn; ", "{} %")
 LATEX = Markup(r"\textbf{{{}}}", r"\underline{{{}}}", r" $\pm$ ", r"${}$\,\%")
 
 
-def markdown(columns: Sequence[Column], reference: str, decimals: int) -> str:
-    """GitHub table: best numbers bold, the gain of the reference in the last line."""
+def markdown(
+    columns: Sequence[Column], reference: str, decimals: int, notes: Sequence[str] = ()
+) -> str:
+    """GitHub table: best numbers bold, the gain of the reference in the last line; notes below."""
     head = ["method", *(column.title for column in columns)]
     rule = [":---", *("---:" for _ in columns)]
     lines = [
@@ -97,7 +99,8 @@ def markdown(columns: Sequence[Column], reference: str, decimals: int) -> str:
         *_body(columns, decimals, MARKDOWN),
         *_gain(columns, reference, decimals, MARKDOWN),
     ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return table + "".join(f"\n{text}\n" for text in notes)
 
 
 def latex(columns: Sequence[Column], reference: str, decimals: int) -> str:
@@ -113,14 +116,22 @@ def latex(columns: Sequence[Column], reference: str, decimals: int) -> str:
     return f"\\begin{{tabular}}{{{layout}}}\n\\toprule\n{rows}\\bottomrule\n\\end{{tabular}}\n"
 
 
-def html_table(columns: Sequence[Column], reference: str, decimals: int) -> str:
-    """HTML ``table``: best numbers bold, second best underlined, the gain in the last line."""
+def latex_notes(notes: Sequence[str]) -> str:
+    """Small lines below a ``tabular``."""
+    return "".join(f"\\par{{\\footnotesize {_escape(text)}\\par}}\n" for text in notes)
+
+
+def html_table(
+    columns: Sequence[Column], reference: str, decimals: int, notes: Sequence[str] = ()
+) -> str:
+    """HTML ``table``: best bold, second best underlined, the gain in the last line; notes below."""
     head = [html.escape(text) for text in ["method", *(column.title for column in columns)]]
     lines = _body(columns, decimals, HTML) + _gain(columns, reference, decimals, HTML)
     rows = [f"<tr><th>{'</th><th>'.join(head)}</th></tr>"]
     for name, *texts in lines:
         rows.append(f"<tr><td>{html.escape(name)}</td><td>{'</td><td>'.join(texts)}</td></tr>")
-    return "<table>\n" + "\n".join(rows) + "\n</table>\n"
+    below = "".join(f"<p>{html.escape(text)}</p>\n" for text in notes)
+    return "<table>\n" + "\n".join(rows) + "\n</table>\n" + below
 
 
 def html_page(title: str, tables: Mapping[str, str]) -> str:

@@ -6,11 +6,12 @@ made with other settings are thereby recognised, also where Snakemake's own reco
 
 import hashlib
 import json
+from collections.abc import Iterable
 
 from fedamole.config import Config, SectionT
 from fedamole.participation import Participation
 from fedamole.randomness import stream
-from fedamole.registry import RUNS, Run, lookup
+from fedamole.registry import RUNS, Run, Use, lookup
 from fedamole.settings import (
     AdapterSettings,
     AggregationSettings,
@@ -31,8 +32,9 @@ from fedamole.settings import (
     TrainingSettings,
 )
 
-# Raised when a change of the code, or of a default, changes what the stage writes.
-VERSIONS = {"backbone": 1, "scenario": 1, "tokens": 1, "run": 2, "client": 2, "results": 1}
+# Raised when a change of the code, or of a default, changes what the stage writes. What changes one
+# method only raises the version of its run in the registry.
+VERSIONS = {"backbone": 1, "scenario": 1, "tokens": 1, "run": 2, "client": 2, "results": 2}
 
 
 class BackboneStage(Section):
@@ -216,23 +218,22 @@ def run_stage(config: Config, scenario: str, run: str) -> RunStage:
     if not facts.assigns:
         adapter = AdapterSettings(**adapter.model_dump(exclude={"top_k", "balance_weight"}))
     training = _training_of(config.training, facts)
-    averages = facts.trains and not facts.pooled
     privacy = PrivacySettings(
         embeddings=config.privacy.embeddings if facts.assigns else None,
         dp_sgd=config.privacy.dp_sgd if facts.trains else None,
     )
     return RunStage(
-        version=VERSIONS["run"],
+        version=VERSIONS["run"] + facts.version,
         run=run,
         tokens=tokens_stage(config, scenario),
         loading=_part(config.backbone, BackboneLoading),
         adapter=adapter,
         assignment=config.assignment if facts.assigns else AssignmentSettings(),
-        aggregation=config.aggregation if averages else AggregationSettings(),
+        aggregation=_weighting(config.aggregation, facts),
         training=training,
-        participation=config.participation if averages else ParticipationSettings(),
+        participation=_settled_beforehand(config, run),
         privacy=privacy,
-        **{section: getattr(config, section) for section in facts.uses},
+        **_used(config, facts.uses),
     )
 
 
@@ -245,6 +246,68 @@ def _training_of(training: TrainingSettings, facts: Run) -> TrainingSettings:
             # Every rank takes clients of its own: their number changes nothing.
             training = training.model_copy(update={"ranks": 1})
     return training if facts.trains else _untrained(training)
+
+
+def _weighting(aggregation: AggregationSettings, facts: Run) -> AggregationSettings:
+    """How the server averages, as far as it matters: without experts, tokens mean examples."""
+    if not (facts.trains and facts.averages):
+        return AggregationSettings()
+    if aggregation.weighting == "tokens" and not facts.assigns:
+        return AggregationSettings(weighting="examples")
+    return aggregation
+
+
+def _used(config: Config, uses: Iterable[Use]) -> dict[str, Section]:
+    """What only some runs depend on: whole sections, or defaults with single settings replaced."""
+    found: dict[str, Section] = {}
+    for use in uses:
+        name, _, setting = use.partition(".")
+        given: Section = getattr(config, name)
+        if setting:
+            start = found.get(name, type(given)())
+            given = start.model_copy(update={setting: getattr(given, setting)})
+        found[name] = given
+    return found
+
+
+def _participation(config: Config, run: str) -> ParticipationSettings:
+    """Who takes part in a run: the default where there are no clients to choose from."""
+    facts = RUNS[run]
+    federated = facts.trains and not facts.pooled
+    return config.participation if federated else ParticipationSettings()
+
+
+def _settled_beforehand(config: Config, run: str) -> ParticipationSettings:
+    """Who takes part, without the quorum where it only decides whether a study goes on.
+
+    It changes no number then, and may be lowered late: nothing reruns. Simulated dropouts stop at
+    the quorum, so with them it is part of the settings.
+    """
+    participation = _participation(config, run)
+    if participation.dropout_rate:
+        return participation
+    return ParticipationSettings(**participation.model_dump(exclude={"quorum"}))
+
+
+def quorum_of(config: Config, run: str) -> float:
+    """Share of the drawn clients that must report in every round of a run."""
+    return _participation(config, run).quorum
+
+
+def with_quorum(stage: RunStage, quorum: float | None) -> RunStage:
+    """A run under the quorum that holds now: to decide with, never to take the digest of.
+
+    Parameters
+    ----------
+    stage
+        The settings that the files of the run were made with.
+    quorum
+        See :func:`quorum_of`; None: that of the settings.
+    """
+    if quorum is None:
+        return stage
+    participation = stage.participation.model_copy(update={"quorum": quorum})
+    return stage.model_copy(update={"participation": participation})
 
 
 def _untrained(training: TrainingSettings) -> TrainingSettings:

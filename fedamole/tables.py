@@ -4,13 +4,13 @@ As csv, Markdown, LaTeX and HTML.
 
 The middle of ``fedamole tables``: metrics in, texts out. The same metrics give the same bytes.
 
-A score is the unweighted mean over clients, then the mean and the sample standard deviation over
-seeds (arXiv:2411.19128, section 5.1). The gain of the reference method r in a scenario is
-(score_r - b) / b, where b is the best score of the other methods.
+A score is the unweighted mean over the clients that have a number in every row, then the mean and
+the sample standard deviation over seeds (arXiv:2411.19128, section 5.1). The gain of the reference
+method r in a scenario is (score_r - b) / b, where b is the best score of the other methods.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -19,6 +19,7 @@ from fedamole.assignment_table import (
     assignment_rows,
     measured_assignments,
 )
+from fedamole.comparison import compared, counted, note, sizes
 from fedamole.privacy_tables import client_epsilon_columns, epsilon_columns, privacy_fields
 from fedamole.records import METRIC_LABELS, ClientRecord
 from fedamole.rendering import (
@@ -28,6 +29,7 @@ from fedamole.rendering import (
     html_page,
     html_table,
     latex,
+    latex_notes,
     markdown,
     over_seeds,
 )
@@ -47,18 +49,28 @@ def table_files(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
     blocks = [block for block in (scores, losses, epsilon_columns(metrics, settings)) if block]
     columns = [column for block in blocks for column in block]
     reference, decimals = settings.tables.reference, settings.tables.decimals
+    notes = [
+        line
+        for name, slugs in settings.scenarios.items()
+        for line in note(metrics, settings, slugs, name)
+    ]
+    texts = [latex(block, reference, decimals) for block in blocks]
     files = {
         "main.html": html_page(
             "Methods and scenarios",
-            {"Methods and scenarios": html_table(columns, reference, decimals)},
+            {"Methods and scenarios": html_table(columns, reference, decimals, notes)},
         ),
         "main.csv": csv_text(main_rows(metrics, settings)),
-        "main.md": markdown(columns, reference, decimals),
-        "main.tex": "\n".join(latex(block, reference, decimals) for block in blocks),
+        "main.md": markdown(columns, reference, decimals, notes),
+        "main.tex": "\n".join(texts) + latex_notes(notes),
         "clients.csv": csv_text(clients_rows(metrics, settings)),
     }
     clients = clients_columns(metrics, settings) | client_epsilon_columns(metrics, settings)
-    files |= _titled("clients", "Client by client", clients, settings)
+    remarks = {
+        title: note(metrics, settings, [slug], "mean, worst, std")
+        for title, slug in zip(clients, _slugs(settings), strict=False)
+    }
+    files |= _titled("clients", "Client by client", clients, settings, remarks)
     if with_experts(settings):
         measured = measured_assignments(metrics, settings)
         files["assignments.csv"] = csv_text(assignment_rows(measured, settings))
@@ -67,19 +79,28 @@ def table_files(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
 
 
 def _titled(
-    name: str, heading: str, tables: dict[str, list[Column]], settings: ResultsStage
+    name: str,
+    heading: str,
+    tables: dict[str, list[Column]],
+    settings: ResultsStage,
+    notes: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, str]:
-    """Render several tables, each under its title, into one file per format."""
+    """Render several tables, each under its title and over its notes, into one file per format."""
     reference, decimals = settings.tables.reference, settings.tables.decimals
-    page = {title: html_table(columns, reference, decimals) for title, columns in tables.items()}
+    below = {title: (notes or {}).get(title, ()) for title in tables}
+    page = {
+        title: html_table(columns, reference, decimals, below[title])
+        for title, columns in tables.items()
+    }
     return {
         f"{name}.html": html_page(heading, page),
         f"{name}.md": "\n".join(
-            f"**{title}**\n\n{markdown(columns, reference, decimals)}"
+            f"**{title}**\n\n{markdown(columns, reference, decimals, below[title])}"
             for title, columns in tables.items()
         ),
         f"{name}.tex": "\n".join(
-            f"% {title}\n{latex(columns, reference, decimals)}" for title, columns in tables.items()
+            f"% {title}\n{latex(columns, reference, decimals)}{latex_notes(below[title])}"
+            for title, columns in tables.items()
         ),
     }
 
@@ -125,15 +146,21 @@ def main_cells(
     name
         Scenario, without the seed.
     measure
-        Mean over the clients of a run.
+        Mean over clients of a run.
     scale
         Factor on the numbers.
     """
-    cells = {}
-    for method in settings.methods:
-        counted = [_counted(metrics, settings, slug, method) for slug in settings.scenarios[name]]
-        cells[method] = over_seeds([scale * measure(records) for records in counted])
-    return cells
+    slugs = settings.scenarios[name]
+    clients = {slug: compared(metrics, settings, slug) for slug in slugs}
+
+    def mean(slug: str, method: str) -> float:
+        records = counted(metrics, settings, slug, method)
+        chosen = [record for record in records if record.client in clients[slug]]
+        return scale * measure(chosen) if chosen else math.nan
+
+    return {
+        method: over_seeds([mean(slug, method) for slug in slugs]) for method in settings.methods
+    }
 
 
 def gain(cells: dict[str, Cell], reference: str) -> float | None:
@@ -160,7 +187,9 @@ def _average(columns: Sequence[Column]) -> Column:
 
 
 def clients_columns(metrics: Metrics, settings: ResultsStage) -> dict[str, list[Column]]:
-    """Scores in percent per client, with mean, worst and spread; one table per scenario slug.
+    """Scores in percent per client, with mean, worst and spread over those in every row.
+
+    One table per scenario slug.
 
     Seeds are not averaged: client 0 of one seed has nothing in common with client 0 of another.
     """
@@ -170,16 +199,17 @@ def clients_columns(metrics: Metrics, settings: ResultsStage) -> dict[str, list[
             scores = {
                 method: {
                     record.client: PERCENT * record.score
-                    for record in _counted(metrics, settings, slug, method)
+                    for record in counted(metrics, settings, slug, method)
                 }
                 for method in settings.methods
             }
-            tables[f"{slug}: {METRIC_LABELS[metric]} (%)"] = _client_columns(scores)
+            chosen = compared(metrics, settings, slug)
+            tables[f"{slug}: {METRIC_LABELS[metric]} (%)"] = _client_columns(scores, chosen)
     return tables
 
 
-def _client_columns(scores: dict[str, dict[int, float]]) -> list[Column]:
-    """Columns for all clients and their summary, from method -> client -> score.
+def _client_columns(scores: dict[str, dict[int, float]], chosen: Collection[int]) -> list[Column]:
+    """Columns for all clients and a summary of those chosen, from method -> client -> score.
 
     A client that never took part in a method's rounds has no number there.
     """
@@ -192,7 +222,11 @@ def _client_columns(scores: dict[str, dict[int, float]]) -> list[Column]:
         )
         for k in clients
     ]
-    lists = {method: list(by_client.values()) for method, by_client in scores.items()}
+    # Not a number where no client is in every row.
+    lists = {
+        method: [by_client[k] for k in clients if k in chosen] or [math.nan]
+        for method, by_client in scores.items()
+    }
     means = {method: Cell(fmean(values)) for method, values in lists.items()}
     worst = {method: Cell(min(values)) for method, values in lists.items()}
     columns += [Column("mean", means, "highest"), Column("worst", worst, "highest")]
@@ -203,11 +237,9 @@ def _client_columns(scores: dict[str, dict[int, float]]) -> list[Column]:
     return columns
 
 
-def _counted(
-    metrics: Metrics, settings: ResultsStage, slug: str, method: str
-) -> list[ClientRecord]:
-    """Client records that count."""
-    return metrics.run(slug, method).counted(settings.tables.round)
+def _slugs(settings: ResultsStage) -> list[str]:
+    """Slugs of all scenarios and seeds, in order."""
+    return [slug for slugs in settings.scenarios.values() for slug in slugs]
 
 
 def _scenarios(settings: ResultsStage) -> list[tuple[str, str]]:
@@ -224,6 +256,7 @@ def main_rows(metrics: Metrics, settings: ResultsStage) -> list[dict[str, Any]]:
     for name, metric in _scenarios(settings):
         scores = main_cells(metrics, settings, name, mean_score)
         losses = main_cells(metrics, settings, name, mean_loss)
+        fewest, everyone = sizes(metrics, settings, name)
         for method in settings.methods:
             is_reference = method == settings.tables.reference
             rows.append(
@@ -232,15 +265,22 @@ def main_rows(metrics: Metrics, settings: ResultsStage) -> list[dict[str, Any]]:
                     "metric": metric,
                     "method": method,
                     "seeds": len(settings.scenarios[name]),
-                    "score_mean": scores[method].mean,
+                    "clients": fewest,
+                    "clients_total": everyone,
+                    "score_mean": _known(scores[method].mean),
                     "score_std": scores[method].std,
-                    "eval_loss_mean": losses[method].mean,
+                    "eval_loss_mean": _known(losses[method].mean),
                     "eval_loss_std": losses[method].std,
                     "gain": gain(scores, method) if is_reference else None,
                     **privacy_fields(metrics, settings.scenarios[name], method),
                 }
             )
     return rows
+
+
+def _known(number: float) -> float | None:
+    """Leave a field empty where there is no number."""
+    return None if math.isnan(number) else number
 
 
 def clients_rows(metrics: Metrics, settings: ResultsStage) -> list[dict[str, Any]]:
@@ -252,7 +292,7 @@ def clients_rows(metrics: Metrics, settings: ResultsStage) -> list[dict[str, Any
                 info = metrics.run(slug, method).info
                 shared = {"scenario": name, "seed": info.seed, "metric": metric, "method": method}
                 fields = {"round", "client", "score", "eval_loss", "num_eval", "num_test"}
-                for client in _counted(metrics, settings, slug, method):
+                for client in counted(metrics, settings, slug, method):
                     private = privacy_fields(metrics, [slug], method, client.client)
                     rows.append({**shared, **client.model_dump(include=fields), **private})
     return rows

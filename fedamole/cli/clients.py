@@ -5,6 +5,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,17 +15,17 @@ from typing import TYPE_CHECKING
 
 from fedamole import launching
 from fedamole.artifacts import Header, read_record, sha256, write_record
-from fedamole.backbone_limits import check_length
+from fedamole.cli.arguments import add_quorum
 from fedamole.cli.libraries import prepare_libraries
+from fedamole.cli.session_checks import check_session, prompt_length
 from fedamole.config import parse
 from fedamole.errors import ClientError, FedamoleError
 from fedamole.launching import Layout
 from fedamole.progress import RoundProgress, Work, read_progress
-from fedamole.stages import ClientStage, digest
+from fedamole.stages import ClientStage, digest, with_quorum
 
 if TYPE_CHECKING:
     from fedamole.client import ClientReport, ClientSession
-    from fedamole.datasets.tokens import TokenStore
     from fedamole.pools import Assignment, KeptState
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="what clients kept when they last took part, also clients of other jobs",
     )
     train.add_argument("--out-kept", type=Path, nargs="*", default=[], metavar="FILE")
+    add_quorum(train)
     train.set_defaults(command=run_train_clients)
     evaluate = subparsers.add_parser("evaluate-clients", help="test a pool on clients")
     _add_inputs(evaluate)
@@ -157,7 +159,9 @@ class _Job:
     @property
     def tolerant(self) -> bool:
         """Whether a round may go on without some of its clients."""
-        return self.work == "train" and self.settings.run.participation.quorum < 1
+        if self.work != "train":
+            return False
+        return with_quorum(self.settings.run, self.args.quorum).participation.quorum < 1
 
 
 ForClient = Callable[["ClientSession", int, "list[Path]"], None]
@@ -283,7 +287,7 @@ def _run(job: _Job, do: ForClient, first: ForPack | None = None) -> None:
         failed = [client for client in missing if job.progress.attempts(client) > before[client]]
         missing = _without_lost(job, missing)
         # Where processes wait for each other, one client that fails interrupts others.
-        if not (job.tolerant and failed):
+        if not (job.tolerant and failed) or _failed_alike(job, missing):
             break
     if missing:
         summary = _summary(job, missing)
@@ -296,9 +300,21 @@ def _without_lost(job: _Job, missing: list[int]) -> list[int]:
     if not job.tolerant:
         return missing
     lost = [client for client in missing if job.progress.attempts(client) >= MOST_ATTEMPTS]
+    if _failed_alike(job, lost):
+        return missing
     for client in lost:
         _drop(job, client)
     return [client for client in missing if client not in lost]
+
+
+def _failed_alike(job: _Job, lost: list[int]) -> bool:
+    """Whether all of several clients failed too often and by one reason: that is none of theirs."""
+    if len(lost) < max(2, len(job.outputs)):
+        return False
+    if any(job.progress.attempts(client) < MOST_ATTEMPTS for client in lost):
+        return False
+    # Reasons differ in the numbers of clients, steps and losses.
+    return len({re.sub(r"[\d.]+", "", job.progress.reason(client)) for client in lost}) == 1
 
 
 def _attempt(
@@ -410,7 +426,9 @@ class _Turns(contextlib.AbstractContextManager["_Turns"]):
         began = self.begun.pop(client)
         if began:
             error = None if failure is None else _reason(failure)
-            self.job.progress.end(began, error, isinstance(failure, INTERRUPTED))
+            # Neither the end of a job nor a mistake in the config is a try of the client.
+            no_try = isinstance(failure, INTERRUPTED) or _is_mistake(failure)
+            self.job.progress.end(began, error, no_try)
 
 
 def _reason(failure: BaseException) -> str:
@@ -421,11 +439,16 @@ def _reason(failure: BaseException) -> str:
     return text if isinstance(failure, FedamoleError) else f"{type(failure).__name__}: {text}"
 
 
+def _is_mistake(failure: BaseException | None) -> bool:
+    """Whether something is wrong that is none of the client's: its job fails, and says so."""
+    return isinstance(failure, FedamoleError) and not isinstance(failure, ClientError)
+
+
 def _goes_on(failure: BaseException, ranks: int) -> bool:
     """Log why a client failed, and tell whether the process can do its next one."""
-    if not isinstance(failure, Exception):
+    if not isinstance(failure, Exception) or _is_mistake(failure):
         return False
-    if isinstance(failure, FedamoleError):
+    if isinstance(failure, ClientError):
         logger.error("failed: %s", failure)
     else:
         logger.exception("failed:")
@@ -467,30 +490,12 @@ def _session(job: _Job) -> "Iterator[tuple[ClientSession, int]]":
     path, made_with = args.backbone / "backbone.json", digest(settings.run.tokens.backbone)
     facts = read_record(path, "backbone", made_with)[1]
     store = TokenStore.open(args.tokens, digest(settings.run.tokens))
-    # A test adds one choice, or a whole generated answer, to a prompt shorter than max_length.
-    answer = max(map(len, store.choices), default=settings.evaluation.max_new_tokens + 1) - 1
-    max_length = settings.run.scenario.max_length
-    check_length(facts["name"], facts.get("positions"), max_length, answer)
     clients = settings.run.scenario.clients
     if beyond := [client for client in args.clients if not 0 <= client < clients]:
         raise FedamoleError(f"--clients {beyond[0]}: the scenario has clients 0 to {clients - 1}")
-    _check_delta(settings, store)
+    check_session(settings, facts, store, prompt_length(settings.run, args.pool))
     with process_group(job.layout) as (seat, device):
         yield ClientSession(settings, args.backbone, store, device), seat.lane
-
-
-def _check_delta(settings: ClientStage, store: "TokenStore") -> None:
-    """Refuse a delta that is too large for a client of the scenario, before any client starts.
-
-    A mistake in the config is none of the client's: it must not drop out by it.
-    """
-    private = settings.run.privacy.dp_sgd
-    sizes = [len(rows.train) for rows in store.clients]
-    if private and not private.covers(max(sizes)):
-        raise FedamoleError(
-            f"privacy: dp_sgd: delta {private.delta} must be below 1 / training examples of every "
-            f"client; client {sizes.index(max(sizes))} has {max(sizes)}"
-        )
 
 
 def _check_lengths(args: argparse.Namespace, *outputs: list[Path]) -> None:

@@ -34,6 +34,8 @@ REASONS = {
     "duplicate": "that occurred before",
     "other_class": "of classes that the data set drops",
 }
+UNWANTED = {"drop_classes": "classes", "no_response": "answers"}
+"""What the values of two settings are."""
 
 
 def describe(
@@ -83,8 +85,17 @@ def _facts(corpus: Corpus, dataset: DatasetSettings) -> list[str]:
         ("source", "; ".join(parts)),
         ("examples", f"{len(corpus.examples):,}"),
         ("dropped", f"rows {', '.join(gone)}" if gone else "no rows"),
+        *((f"- {key}", text) for key, text in _unwanted(corpus).items() if text),
     ]
     return [line for name, text in rows for line in _paragraph(name, text)]
+
+
+def _unwanted(corpus: Corpus) -> dict[str, str]:
+    """Say how many rows each value that shall be dropped has cost; 0 may be a misspelt one."""
+    return {
+        UNWANTED[key]: ", ".join(f"{value!r} {count:,}" for value, count in values.items())
+        for key, values in corpus.unwanted.items()
+    }
 
 
 def _classes(corpus: Corpus) -> list[str]:

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedamole.artifacts import Header, canonical, read_record, replacing, sha256
+from fedamole.cli.arguments import add_quorum
+from fedamole.cli.server import warn_of_dropout
 from fedamole.config import parse
+from fedamole.errors import FedamoleError
 from fedamole.records import KIND
 from fedamole.registry import lookup
-from fedamole.stages import ClientStage, RunStage, digest
+from fedamole.stages import ClientStage, RunStage, digest, with_quorum
 
 if TYPE_CHECKING:
     from fedamole.pools import Assignment
@@ -41,6 +44,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--partition", type=Path, required=True)
     parser.add_argument("--metrics", type=Path, nargs="+", required=True, metavar="FILE")
     parser.add_argument("--assignments", type=Path, nargs="*", default=[], metavar="FILE")
+    add_quorum(parser)
     parser.add_argument("--out", type=Path, required=True)
     parser.set_defaults(command=run_gather)
 
@@ -51,11 +55,11 @@ def run_gather(args: argparse.Namespace) -> None:
 
     settings = parse(ClientStage, args.settings, "--settings")
     stage_digest = digest(settings)
-    tests = [read_record(path, "metrics", stage_digest)[1] for path in args.metrics]
-    clients = [record for record in tests if "dropped_out" not in record]
-    dropouts = [record for record in tests if "dropped_out" in record]
+    tests = {path: read_record(path, "metrics", stage_digest)[1] for path in args.metrics}
+    clients = [record for record in tests.values() if "dropped_out" not in record]
+    dropouts = {path: record for path, record in tests.items() if "dropped_out" in record}
     if lookup(args.method).evaluated == "local":
-        _check_quorums(clients, dropouts, settings.run)
+        _check_quorums(clients, dropouts, with_quorum(settings.run, args.quorum))
     partition = read_record(args.partition, "partition", digest(settings.run.tokens.scenario))[1]
     assignments = [read_assignment(path, digest(settings.run)) for path in args.assignments]
     parents = {
@@ -69,7 +73,7 @@ def run_gather(args: argparse.Namespace) -> None:
         _run_record(args.scenario, args.method, settings, clients),
         {"record": "partition", "classes": partition["classes"], "counts": partition["counts"]},
         *_client_records(clients),
-        *({"record": "dropout", "reason": r.pop("dropped_out"), **r} for r in dropouts),
+        *({"record": "dropout", "reason": r.pop("dropped_out"), **r} for r in dropouts.values()),
         *(_assignment_record(assignment, settings.run) for assignment in assignments),
     ]
     with replacing(args.out) as scratch:
@@ -77,16 +81,22 @@ def run_gather(args: argparse.Namespace) -> None:
 
 
 def _check_quorums(
-    clients: list[dict[str, Any]], dropouts: list[dict[str, Any]], settings: RunStage
+    clients: list[dict[str, Any]], dropouts: dict[Path, dict[str, Any]], settings: RunStage
 ) -> None:
     """Refuse a round from which too few clients have reported: the last one is not averaged."""
     from fedamole.aggregation import check_quorum
 
-    reported: dict[int, set[int]] = {record["round"]: set() for record in dropouts}
+    reported: dict[int, set[int]] = {record["round"]: set() for record in dropouts.values()}
     for record in clients:
         reported.setdefault(record["round"], set()).add(record["client"])
     for round_ in sorted(reported):
-        check_quorum(reported[round_], settings.population, round_)
+        try:
+            check_quorum(reported[round_], settings.population, round_)
+        except FedamoleError:
+            for path, record in dropouts.items():
+                if record["round"] == round_:
+                    warn_of_dropout(f"{settings.label} round {round_}", path, record["dropped_out"])
+            raise
 
 
 def _digest_of_all(paths: list[Path]) -> str:

@@ -33,7 +33,7 @@ def run_init_server(args: argparse.Namespace) -> None:
     check_loading(facts, settings.loading)
     adapts = RUNS[settings.run].adapts
     modules = target_modules(facts, settings.adapter.target_modules) if adapts else []
-    if "prompt" in RUNS[settings.run].uses:
+    if RUNS[settings.run].depends_on("prompt"):
         # A soft prompt starts from the tokenizer and the embeddings of the backbone.
         prepare_libraries(offline=True)
     method = load(settings.run)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedamole.artifacts import Header, sha256
+from fedamole.cli.arguments import add_quorum
 from fedamole.config import parse
-from fedamole.stages import RunStage, digest
+from fedamole.stages import RunStage, digest, with_quorum
 
 if TYPE_CHECKING:
     from fedamole.pool_parts import Part
@@ -28,6 +29,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     aggregate.add_argument("--pool", type=Path, required=True, help="pool of the round before")
     aggregate.add_argument("--assignment", type=Path, required=True, help="who held what")
     aggregate.add_argument("--uploads", type=Path, nargs="+", required=True, metavar="FILE")
+    add_quorum(aggregate)
     aggregate.add_argument("--out-pool", type=Path, required=True, metavar="FILE")
     aggregate.set_defaults(command=run_aggregate)
     assign = subparsers.add_parser("assign", help="choose who holds which experts next")
@@ -52,7 +54,7 @@ def run_aggregate(args: argparse.Namespace) -> None:
     label = f"{settings.label} round {assignment.round}"
     reported = [path for path in args.uploads if not _dropped_out(path, run_digest, label)]
     parts = cut({name: len(names) for name, names in modules.items()}, sizes, PART_BYTES)
-    averaged = (_average(args.pool, settings, assignment, reported, part) for part in parts)
+    averaged = (_average(args, settings, assignment, reported, part) for part in parts)
     parents = {"pool": sha256(args.pool), "assignment": sha256(args.assignment)}
     parents |= {f"upload_{i:04}": sha256(path) for i, path in enumerate(args.uploads)}
     write_parts(args.out_pool, Header("pool", run_digest, parents), modules, averaged)
@@ -60,7 +62,11 @@ def run_aggregate(args: argparse.Namespace) -> None:
 
 
 def _average(
-    pool: Path, settings: RunStage, assignment: "Assignment", uploads: list[Path], part: "Part"
+    args: argparse.Namespace,
+    settings: RunStage,
+    assignment: "Assignment",
+    uploads: list[Path],
+    part: "Part",
 ) -> "Pool":
     """Average some modules."""
     from fedamole.methods import load
@@ -69,10 +75,11 @@ def _average(
 
     run_digest = digest(settings)
     _keep_freed_memory()
-    previous = read_pool(pool, run_digest, part)
+    previous = read_pool(args.pool, run_digest, part)
     own = assignment_of(assignment, previous.modules)
     reported = _uploads(uploads, run_digest, part)
-    return load(settings.run).aggregate(settings, previous, own, reported)
+    current = with_quorum(settings, args.quorum)
+    return load(settings.run).aggregate(current, previous, own, reported)
 
 
 def _keep_freed_memory() -> None:
@@ -92,9 +99,14 @@ def _dropped_out(path: Path, run_digest: str, label: str) -> bool:
 
     reason = read_dropout(path, run_digest)
     if reason is not None:
-        again = f"snakemake --forcerun {path} lets it try again"
-        logger.warning("%s: %s dropped out: %s (%s)", label, path.stem, reason, again)
+        warn_of_dropout(label, path, reason)
     return reason is not None
+
+
+def warn_of_dropout(label: str, path: Path, reason: str) -> None:
+    """Log why a client dropped out, and how its file comes to be made anew."""
+    again = f"snakemake --forcerun {path} lets it try again"
+    logger.warning("%s: %s dropped out: %s (%s)", label, path.stem, reason, again)
 
 
 def _uploads(paths: list[Path], run_digest: str, part: "Part") -> "Iterator[Upload]":

@@ -1,8 +1,9 @@
 """A data set as prompts, answers and classes, ready to be spread over clients."""
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -10,11 +11,13 @@ import numpy as np
 from fedamole.datasets.rows import Row
 from fedamole.datasets.sources import read_rows
 from fedamole.datasets.templates import find_label, render_prompt, render_response
-from fedamole.errors import FedamoleError
+from fedamole.errors import FedamoleError, did_you_mean
 from fedamole.settings import DatasetSettings
 
 EVERYTHING = "all"
 """The class of all rows of a data set that names no classes."""
+MOST_LISTED = 20
+"""Categories that an error lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +56,14 @@ class Corpus:
     dropped
         Rows that were left out, by reason: ``no_label``, ``no_response``, ``duplicate``, and where
         the settings drop classes ``other_class``.
+    unwanted
+        Rows that were left out for each value of ``drop_classes`` and ``no_response``, zeros too.
     """
 
     examples: tuple[Example, ...]
     classes: tuple[str, ...]
     dropped: dict[str, int]
+    unwanted: dict[str, Counter[str]] = field(default_factory=dict)
 
     @property
     def categories(self) -> np.ndarray:
@@ -83,17 +89,22 @@ def load_corpus(settings: DatasetSettings) -> Corpus:
     Raises
     ------
     FedamoleError
-        If a file is missing or broken, a field is missing, a label is out of range, or no row is
-        left.
+        If a file is missing or broken, a field is missing, a label is out of range, no row is left,
+        or no row has a category that shall be dropped.
     """
     dropped = {"no_label": 0, "no_response": 0, "duplicate": 0}
     if settings.drop_classes:
         dropped["other_class"] = 0
-    found = list(_usable(settings, dropped))
+    unwanted = {
+        key: Counter(dict.fromkeys(getattr(settings, key), 0))
+        for key in ("drop_classes", "no_response")
+    }
+    found = list(_usable(settings, dropped, unwanted))
     if not found:
         counts = [f"{reason} {count}" for reason, count in dropped.items() if count]
         why = f"dropped: {', '.join(counts)}" if counts else "its source has none"
         raise FedamoleError(f"data set {settings.name}: no row is left ({why})")
+    _check_drop_classes(settings, unwanted["drop_classes"], {row[2] for row in found})
     has_names = bool(settings.category or not settings.label)
     if has_names:
         classes = sorted({category for _, _, category, _ in found})
@@ -105,23 +116,41 @@ def load_corpus(settings: DatasetSettings) -> Corpus:
         for prompt, response, category, label in found
     )
     names = classes if has_names else list(settings.answers.values())
-    return Corpus(examples, tuple(names), dropped)
+    return Corpus(examples, tuple(names), dropped, unwanted)
+
+
+def _check_drop_classes(
+    settings: DatasetSettings, dropped: Mapping[str, int], categories: set[str]
+) -> None:
+    """Refuse a category that no row has; of labels those that are not answers are known anyway."""
+    for value, count in dropped.items():
+        if settings.category and not count:
+            raise FedamoleError(
+                f"data set {settings.name}: drop_classes {value!r} is no {settings.category} of "
+                f"any row; {did_you_mean(value, categories)}it has "
+                f"{', '.join(map(repr, sorted(categories)[:MOST_LISTED]))}"
+                + ", ..."
+                * (len(categories) > MOST_LISTED)
+            )
 
 
 def _usable(
-    settings: DatasetSettings, dropped: dict[str, int]
+    settings: DatasetSettings, dropped: dict[str, int], unwanted: dict[str, Counter[str]]
 ) -> Iterator[tuple[str, str, str, int]]:
     """Give prompt, response, category name and label of the rows that stay; count the others."""
     seen: set[tuple[str, str]] = set()
     class_column = settings.category or settings.label
     for row in read_rows(settings.source):
-        if reason := _unwanted(row, settings):
+        values = _class_values(row, settings)
+        if reason := _unwanted(values, settings):
             dropped[reason] += 1
+            unwanted["drop_classes"].update(values.intersection(settings.drop_classes))
             continue
         label = find_label(row, settings) if settings.label else None
         prompt, response = render_prompt(row, settings), render_response(row, label, settings)
         if response.strip() in ("", *settings.no_response):
             dropped["no_response"] += 1
+            unwanted["no_response"].update({response.strip()}.intersection(settings.no_response))
         elif settings.drop_duplicates and (prompt, response) in seen:
             dropped["duplicate"] += 1
         else:
@@ -130,9 +159,13 @@ def _usable(
             yield prompt, response, category, -1 if label is None else label
 
 
-def _unwanted(row: Row, settings: DatasetSettings) -> str | None:
+def _class_values(row: Row, settings: DatasetSettings) -> set[str]:
+    """Label and category of a row."""
+    return {row.text(column) for column in (settings.label, settings.category) if column}
+
+
+def _unwanted(values: set[str], settings: DatasetSettings) -> str | None:
     """Say why a row is dropped for its label or category; None if it is not."""
-    values = {row.text(column) for column in (settings.label, settings.category) if column}
     if values.intersection(settings.drop_classes):
         return "other_class"
     return "no_label" if values.intersection(settings.no_label) else None

@@ -11,6 +11,7 @@ What the paper leaves open:
   before the latter may become the personal one. In round 1 it is the personal LoRA alone.
 - A client that takes part for the first time after round 1 has no personal LoRA. It takes the one
   that it trains then.
+- A client that was away when the personal LoRA was due takes the one that it trains next.
 """
 
 from collections.abc import Iterable
@@ -110,11 +111,26 @@ def train_client(
         personal = with_shared(trained.state, kept.groups) if kept else trained.state
         weights = _fuse(session, trained, personal) if round_ > 1 else {}
         report = report_of(session, trained)
-        if round_ % sync_every == 0:
+        if kept and is_due(round_, kept.round, sync_every):
             personal = trained.state
         return ClientResult(
             upload_of(trained), report, KeptState(client, round_, shared_of(personal), weights)
         )
+
+
+def is_due(round_: int, last: int, sync_every: int) -> bool:
+    """Whether the personal LoRA becomes the one trained in a round.
+
+    Parameters
+    ----------
+    round_
+        The round.
+    last
+        Round before it in which the client took part.
+    sync_every
+        Every so many rounds it is due; a client catches up on what it has missed.
+    """
+    return round_ // sync_every > last // sync_every
 
 
 def _fuse(session: "ClientSession", trained: "Trained", personal: ClientState) -> dict[str, float]:
@@ -124,7 +140,7 @@ def _fuse(session: "ClientSession", trained: "Trained", personal: ClientState) -
 
     run, batch_size = session.settings.run, session.settings.evaluation.batch_size
     embedding_set = session.store.clients[trained.client].embedding
-    rows = embedding_set[: run.fdlora.fusion_batches * batch_size]
+    rows = embedding_set[: run.fdlora.fusion_batches * run.training.batch_size]
 
     def put(weights: np.ndarray) -> None:
         load_state(trained.scored, fused((personal, trained.state), weights))

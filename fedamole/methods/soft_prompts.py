@@ -97,7 +97,6 @@ def train_client(
     """Train the prompt and nothing else; see :class:`fedamole.methods.Method`."""
     from fedamole.soft_prompts import SOFT_PROMPT
 
-    _check_session(session, state)
     return train_adapters(session, client, round_, state, kept, SOFT_PROMPT)
 
 
@@ -107,7 +106,6 @@ def evaluate_client(
     """Test with the averaged prompt; see :class:`fedamole.methods.Method`."""
     from fedamole.soft_prompts import SOFT_PROMPT
 
-    _check_session(session, state)
     return evaluate_adapters(session, client, round_, state, SOFT_PROMPT)
 
 
@@ -126,22 +124,11 @@ def _pool(tensors: dict[str, np.ndarray]) -> Pool:
     return Pool({PROMPT: PoolGroup((PROMPT,), {}, shared)}, num_experts=0, provenance=None)
 
 
-def _check_session(session: "ClientSession", state: ClientState) -> None:
-    """Refuse answers that the model has no positions for, before the client is trained."""
-    run = session.settings.run
-    generates = run.scenario.dataset.task == "generation"
-    new_tokens = session.settings.evaluation.max_new_tokens if generates else 0
-    virtual_tokens = state.groups[PROMPT].shared[EMBEDDING].shape[1]
-    _check_positions(run, session.folder, virtual_tokens, new_tokens)
-
-
-def _check_positions(
-    settings: RunStage, folder: Path, virtual_tokens: int, new_tokens: int = 0
-) -> None:
+def _check_positions(settings: RunStage, folder: Path, virtual_tokens: int) -> None:
     """Refuse sequences that the model has no positions for when a prompt stands before them."""
     positions = read_record(folder / "backbone.json", "backbone")[1].get("positions")
     length = settings.scenario.max_length
-    check_length(settings.backbone.name, positions, length, new_tokens, virtual_tokens)
+    check_length(settings.backbone.name, positions, length, virtual_tokens=virtual_tokens)
 
 
 FEDPROMPT = Method(

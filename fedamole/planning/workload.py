@@ -15,7 +15,7 @@ from fedamole.planning.contents import contents_of
 from fedamole.planning.model_size import ModelSize
 from fedamole.registry import RUNS, lookup
 from fedamole.settings import ScenarioSettings
-from fedamole.stages import run_stage
+from fedamole.stages import quorum_of, run_stage, with_quorum
 
 # Training examples of a client where nothing is known; only local_epochs depends on it.
 ASSUMED_TRAIN = 2000
@@ -143,7 +143,8 @@ def works_of(config: Config) -> list[RunWork]:
 
 def population_of(config: Config, slug: str, work: RunWork) -> Participation:
     """Who takes part in which round of a run on a scenario slug."""
-    return run_stage(config, slug, work.run).population
+    stage = run_stage(config, slug, work.run)
+    return with_quorum(stage, quorum_of(config, work.run)).population
 
 
 def clients_by_round(config: Config, slug: str, work: RunWork, rule: str) -> list[list[int]]:
@@ -236,7 +237,7 @@ def embedding_passes(config: Config, data: ClientData, work: RunWork) -> list[Pa
         return []
     sequences, times = data.embedding, 1
     if use == "search":
-        sequences = min(sequences, config.fdlora.fusion_batches * batch_size)
+        sequences = min(sequences, config.fdlora.fusion_batches * config.training.batch_size)
         times = config.fdlora.fusion_budget
     return [_batches(config, sequences, data.tokens, data.answer_tokens)] * times
 

@@ -5,6 +5,7 @@ stage depends on (:mod:`fedamole.stages`).
 """
 
 from fedamole.settings.backbone import (
+    GENERATED_POSITIONS,
     BackboneLoading,
     BackboneSettings,
     BackboneSize,
@@ -36,6 +37,7 @@ __all__ = [
     "DEEPSPEED_KEYS",
     "DEFAULT_MAX_TEST",
     "DEFAULT_STEPS",
+    "GENERATED_POSITIONS",
     "ZERO_KEYS",
     "AdapterSettings",
     "AggregationSettings",

@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from fedamole.settings.section import Section, Slug
 
+# Longest sequence of a generated model, in tokens.
+GENERATED_POSITIONS = 2048
+
 
 class GeneratedBackbone(Section):
     """A tiny Llama with random weights and a tokenizer trained on the data; for tests."""

@@ -86,7 +86,8 @@ class DatasetSettings(Section):
     """Column with the class that the partition uses; default: the label. A data set without either
     can be partitioned ``iid`` only."""
     drop_classes: list[str] = Field(default=[])
-    """Label or category values whose rows are left out and counted."""
+    """Label or category values whose rows are left out and counted; of categories each must
+    occur."""
     drop_duplicates: bool = False
     """Drop rows whose prompt and answer both occurred before."""
     eval_fraction: float = Field(default=0.1, gt=0, lt=1)

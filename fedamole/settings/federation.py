@@ -71,4 +71,5 @@ class AggregationSettings(Section):
 
     weighting: Literal["uniform", "examples", "tokens"] = "uniform"
     """Weight of a client in a mean: equal (the paper), its training examples, or the tokens that it
-    routed to the expert."""
+    routed to the expert; of what is no domain expert `tokens` are its training examples, so that to
+    methods without them both are the same."""

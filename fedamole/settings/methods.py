@@ -31,7 +31,8 @@ class FdloraSettings(Section):
     """Pairs of fusion weights that AdaFusion tries, the first of them (0, 0). Up to 100,
     nevergrad's NGOpt is COBYLA."""
     fusion_batches: int = Field(default=5, ge=1)
-    """Batches of the embedding set on which a pair is tried."""
+    """Batches of the embedding set on which a pair is tried, of training: batch_size sequences. At
+    the authors' batch size of 1 these are as many examples."""
     fusion_bound: float = Field(default=1.5, gt=0)
     """Largest absolute value of a fusion weight."""
     fusion_penalty: float = Field(default=0.05, ge=0)

@@ -17,7 +17,8 @@ class ParticipationSettings(Section):
     quorum: float = Field(default=1.0, gt=0, le=1)
     """Share of the drawn clients that must report for the round to be averaged; rounded up. Below
     1, a client that fails twice counts as dropped out and the round goes on without it; at 1, the
-    study stops until the client is mended."""
+    study stops until the client is mended. It may be lowered while a study runs, and reruns
+    nothing; only with dropout_rate, which stops at it, everything."""
 
     @model_validator(mode="after")
     def _dropouts_need_slack(self) -> "ParticipationSettings":

@@ -28,9 +28,9 @@ class DpSgdSettings(Section):
     max_grad_norm."""
     max_grad_norm: float = Field(gt=0)
     """Length to which the gradient of each example, over all trained tensors, is clipped."""
-    delta: float = Field(default=1e-5, gt=0, lt=1)
+    delta: float = Field(default=1e-5, gt=0, lt=0.1)
     """Probability with which the bound epsilon may fail; it must be below 1 / training examples of
-    every client."""
+    every client, so that to publish one example does not count as private."""
     accountant: Literal["prv", "rdp"] = "prv"
     """How epsilon is computed: `rdp` by Renyi divergences, as in most papers; `prv` also by
     numerical composition, which is tighter. Both give upper bounds."""

@@ -439,6 +439,7 @@ def round_files(tmp_path):
         pool=tmp_path / "pool.h5",
         assignment=tmp_path / "assignment.h5",
         uploads=paths,
+        quorum=None,
         out_pool=tmp_path / "next" / "pool.h5",
     )
 

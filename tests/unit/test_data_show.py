@@ -61,6 +61,7 @@ DATASET = {
     "response": "a.text",
     "category": "topic",
     "drop_classes": ["stone"],
+    "no_response": ["unknown"],
 }
 
 
@@ -108,6 +109,8 @@ def test_everything_asked_for_is_printed(
         "source    mine.jsonl\n"
         "examples  120\n"
         "dropped   rows 20 without an answer, 60 of classes that the data set drops\n"
+        "- classes 'stone' 60\n"
+        "- answers 'unknown' 0\n"
         "classes   2: river 60, wood 60\n"
         "\n"
         "An example of river\n"
@@ -191,6 +194,7 @@ def test_many_clients_and_classes_stay_narrow_and_complete(show: Show, files: Pa
     lines = [{"q": "?", "a": {"text": "x"}, "topic": f"{'long ' * 9}{n % 40}"} for n in range(4000)]
     lines[0]["q"] = "word " * 999 + "end"
     (files / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (files / "mine.yaml").write_text(yaml.safe_dump({**DATASET, "drop_classes": []}))
     text = show("mine.yaml", "--clients", "50")
     assert max(map(len, text.splitlines())) <= data_view.WIDTH
     table = table_of(text)
@@ -227,6 +231,8 @@ def test_lengths_of_a_large_data_set_are_those_of_a_part(
 def test_a_terminal_obeys_nothing_that_stands_in_the_data(show: Show, files: Path) -> None:
     line = {"q": "\x1b[31mred\x07 früh", "a": {"text": "\u202ex"}, "topic": "\x1b[2J"}
     (files / "mine.jsonl").write_text((json.dumps(line) + "\n") * 40)
+    assert "it has '\\x1b[2J'" in show("mine.yaml", fails=True)
+    (files / "mine.yaml").write_text(yaml.safe_dump({**DATASET, "drop_classes": []}))
     text = show("mine.yaml", "--clients", "2")
     assert "| \\x1b[31mred\\x07 früh\n" in text
     assert "answer    | \\u202ex\n" in text

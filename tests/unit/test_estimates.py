@@ -228,6 +228,9 @@ def test_the_embedding_set_is_trained_on_held_back_or_searched(configs: Path) ->
     }
     # FDLoRA tries five pairs of weights on five batches, of which the 16 examples give four.
     assert sequences == {"fedamole": 16, "fedit": 0, "fedapen": 16, "fdlora": 5 * 16}
+    alone = study(configs, methods=methods, training={"batch_size": 1})
+    (passes, *_) = embedding_passes(alone, data, works["fdlora"])
+    assert passes.tokens == pytest.approx(5 * data.tokens)
 
 
 @pytest.mark.parametrize(("size", "expected"), [("all", [7]), (1, [1] * 7), (3, [3, 3, 1])])

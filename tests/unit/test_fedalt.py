@@ -21,18 +21,13 @@ from fedamole.evaluation import evaluation_loss
 from fedamole.methods.building_blocks import Tensors, two_experts, with_two_experts
 from fedamole.methods.fedalt import RUNS, aggregate, assign, form
 from fedamole.pools import ClientGroup, ClientState, Pool, Upload, held_rows
-from fedamole.stages import RunStage
+from fedamole.stages import RunStage, with_quorum
 from fedamole.training import ScoredModel
 
 pytestmark = pytest.mark.usefixtures("group")
 
 CPU = torch.device("cpu")
 LORA = ("lora_A", "lora_B")
-
-
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
-    return Federation(tmp_path_factory.mktemp("federation") / "backbone")
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +79,8 @@ def make_upload(pool: Pool, settings: RunStage, client: int) -> Upload:
 def test_each_client_gets_the_mean_of_the_others_that_reported(
     federation: Federation, weighting: str, reporting: list[int]
 ) -> None:
-    settings = run_stage(
-        federation,
-        clients=5,
-        aggregation={"weighting": weighting},
-        participation={"quorum": 0.2, "dropout_rate": 0.0},
-    )
+    made_with = run_stage(federation, clients=5, aggregation={"weighting": weighting})
+    settings = with_quorum(made_with, 0.2)
     previous = trained_pool(federation, settings)
     uploads = [make_upload(previous, settings, k) for k in reporting]
     found = aggregate(settings, previous, assign(settings, previous, 1), iter(uploads))

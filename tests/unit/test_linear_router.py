@@ -24,11 +24,6 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
-    return Federation(tmp_path_factory.mktemp("federation") / "backbone")
-
-
-@pytest.fixture(scope="module")
 def played(federation: Federation) -> list[Round]:
     session = federation.session("fedamole-linear-router")
     return list(federation.rounds(session, federation.folder.parent / "played", count=3))

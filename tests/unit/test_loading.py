@@ -137,6 +137,16 @@ def test_classes_and_answers_that_are_not_wanted_are_dropped_and_counted(tmp_pat
     assert [example.response for example in corpus.examples] == ["Me, myself"]
     assert corpus.classes == ("person",)
     assert corpus.dropped == {"no_label": 0, "no_response": 1, "duplicate": 0, "other_class": 4}
+    assert corpus.unwanted == {
+        "drop_classes": {"spam": 1, "junk": 1, "number": 2},
+        "no_response": {"n/a": 1},
+    }
+
+
+def test_a_category_to_drop_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(FedamoleError, match=r"'numbr' is no topic of any row; did you mean number"):
+        load_corpus(generation([path], drop_classes=["numbr"]))
 
 
 def test_a_class_beside_the_label_is_what_is_spread_and_dropped(tmp_path: Path) -> None:

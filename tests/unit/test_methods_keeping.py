@@ -15,14 +15,14 @@ from federation import CLIENTS, Federation, Round, contents
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from fedamole.artifacts import Header, write_record
-from fedamole.backbone import describe, load_backbone
+from fedamole.artifacts import Header
+from fedamole.backbone import load_backbone
 from fedamole.batches import stream_of_examples
 from fedamole.client import ClientResult, ClientSession
 from fedamole.fusion import find_weights, fused
 from fedamole.methods import load
 from fedamole.methods.building_blocks import Tensors, shared_of, with_shared
-from fedamole.methods.fdlora import outer_step
+from fedamole.methods.fdlora import is_due, outer_step
 from fedamole.partition import ClientSplit
 from fedamole.pool_files import read_pool, write_kept, write_pool, write_upload
 from fedamole.pools import ClientGroup, ClientState, KeptState, PoolGroup
@@ -36,14 +36,6 @@ LEARNING = {
     "fdlora": {"fusion_penalty": 0.0},
 }
 ZERO_3 = {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}}
-
-
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
-    made = Federation(tmp_path_factory.mktemp("keeping") / "backbone")
-    facts = describe(made.folder, made.stage("fedit").run.backbone)
-    write_record(made.folder / "backbone.json", Header("backbone", "0" * 64), facts)
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -355,11 +347,52 @@ def test_the_fused_model_is_a_lora_of_the_fused_arrays(
     assert any(both)
 
 
+def test_the_batch_size_of_tests_does_not_choose_what_the_fusion_sees(
+    federation: Federation, played: dict[str, list[Round]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedamole import evaluation
+
+    exact, seen = evaluation.evaluation_loss, set[tuple[int, ...]]()
+
+    def spy(scored: nn.Module, store: Any, rows: np.ndarray, *others: Any) -> float:
+        seen.add(tuple(rows))
+        return exact(scored, store, rows, *others)
+
+    monkeypatch.setattr(evaluation, "evaluation_loss", spy)
+    second = played["fdlora"][1]
+    for batch_size in (1, 4):
+        sections = {"evaluation": {"batch_size": batch_size}, "fdlora": {"fusion_batches": 2}}
+        session = federation.session("fdlora", **{**LEARNING, **sections})
+        before = kept(played["fdlora"][0], 0)
+        load("fdlora").train_client(session, 0, 2, second.states[0], before)
+    # Two batches of training, of two sequences each.
+    assert seen == {tuple(session.store.clients[0].embedding[:4])}
+
+
 def as_float32(tensors: Tensors) -> Tensors:
     return {
         name: {key: array.astype(np.float32) for key, array in by_key.items()}
         for name, by_key in tensors.items()
     }
+
+
+def test_a_client_that_was_away_catches_up(
+    federation: Federation, played: dict[str, list[Round]]
+) -> None:
+    """After round 1 it comes back in round 3; round 2 was one for copies."""
+    settings = {"fdlora": {"fusion_penalty": 0.0, "sync_every": 2}}
+    session = federation.session("fdlora", **{**LEARNING, **settings})
+    first, *_, third = played["fdlora"]
+    result = load("fdlora").train_client(session, 0, 3, third.states[0], kept(first, 0))
+    assert result.kept is not None
+    assert equal(result.kept.groups, shared_of(result.upload.state))
+    for every in (1, 2, 5):
+        # Who is always there copies after multiples; nobody copies twice for one of them.
+        always = [t for t in range(2, 30) if is_due(t, t - 1, every)]
+        assert always == [t for t in range(2, 30) if t % every == 0]
+        for last, now in ((1, 3), (4, 9), (5, 9), (7, 22)):
+            missed = any(t % every == 0 for t in range(last + 1, now + 1))
+            assert is_due(now, last, every) == missed
 
 
 def test_the_personal_adapter_becomes_the_local_one_every_few_rounds(

@@ -34,11 +34,6 @@ TARGETS = {key: ["q_proj", "v_proj"] for key in CONFIGS} | {"falcon": ["query_ke
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
-    return Federation(tmp_path_factory.mktemp("federation") / "backbone")
-
-
 def make_backbone(family: str = "llama") -> PreTrainedModel:
     """Weights large enough that adapters change which token is the likeliest."""
     torch.manual_seed(1)

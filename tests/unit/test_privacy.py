@@ -228,7 +228,7 @@ def test_every_vector_of_every_round_and_client_has_noise_of_its_own() -> None:
 def test_eta_and_the_parameters_of_dp_sgd_must_be_positive() -> None:
     with pytest.raises(FedamoleError, match="eta: 0 is not allowed"):
         parse(EmbeddingPrivacy, {"eta": 0}, "privacy")
-    for wrong in ({"noise_multiplier": 0}, {"max_grad_norm": -1}, {"delta": 1}):
+    for wrong in ({"noise_multiplier": 0}, {"max_grad_norm": -1}, {"delta": 0.5}):
         with pytest.raises(FedamoleError, match=f"{next(iter(wrong))}: .* is not allowed"):
             parse(DpSgdSettings, {"noise_multiplier": 1, "max_grad_norm": 1, **wrong}, "privacy")
 

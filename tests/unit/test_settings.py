@@ -1,5 +1,6 @@
 """Configs: names are looked up, mistakes are explained, digests follow the settings."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,16 @@ from pydantic import Field
 from fedamole import stages
 from fedamole.config import Config, check_config_files, load_config, parse, read_yaml
 from fedamole.errors import FedamoleError
-from fedamole.settings import AssignmentSettings, PartitionSettings, Section, TrainingSettings
+from fedamole.registry import METHODS
+from fedamole.settings import (
+    AssignmentSettings,
+    DatasetSettings,
+    PartitionSettings,
+    Section,
+    TrainingSettings,
+)
+
+DP_SGD = {"noise_multiplier": 1.0, "max_grad_norm": 1.0}
 
 
 @pytest.fixture
@@ -179,11 +189,12 @@ def test_processes_of_a_job_must_lie_evenly(
         load_config(smoke, configs)
 
 
+@pytest.mark.parametrize("backbone", ["opt-350m", {"name": "tiny", "generate": {}}])
 def test_sequences_that_the_backbone_has_no_positions_for_are_refused(
-    smoke: dict[str, Any], configs: Path
+    smoke: dict[str, Any], configs: Path, backbone: Any
 ) -> None:
-    """The file of OPT says 2048; an answer has up to 8 tokens, a soft prompt 20."""
-    smoke["backbone"] = "opt-350m"
+    """OPT and generated models have 2048; an answer has up to 8 tokens, a soft prompt 20."""
+    smoke["backbone"] = backbone
     for method, longest in (("fedit", 2040), ("fedptuning", 2020)):
         smoke["methods"] = [method]
         load_config(change(smoke, "scenarios.0.max_length", longest), configs)
@@ -199,6 +210,30 @@ def test_one_name_for_two_data_sets_is_refused(smoke: dict[str, Any], configs: P
         load_config(smoke, configs)
 
 
+@pytest.mark.parametrize(
+    ("methods", "privacy", "message"),
+    [
+        (["fedit", "local"], {"embeddings": {"eta": 1}}, "embeddings: no method uploads embeddi"),
+        (["fedit", "fedamole-homo"], {"embeddings": {"eta": 1}}, None),
+        (["zero-shot"], {"dp_sgd": DP_SGD}, "dp_sgd: no method trains; leave it out .*zero-shot"),
+        (["zero-shot", "local"], {"dp_sgd": DP_SGD}, None),
+    ],
+)
+def test_privacy_that_protects_nobody_is_refused(
+    smoke: dict[str, Any],
+    configs: Path,
+    methods: list[str],
+    privacy: dict[str, Any],
+    message: str | None,
+) -> None:
+    raw = {**smoke, "methods": methods, "privacy": privacy}
+    if message is None:
+        assert load_config(raw, configs).privacy.model_dump(exclude_defaults=True) == privacy
+    else:
+        with pytest.raises(FedamoleError, match=f"privacy: {message}"):
+            load_config(raw, configs)
+
+
 def test_a_raised_stage_version_changes_the_digest(
     smoke: dict[str, Any], configs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +242,90 @@ def test_a_raised_stage_version_changes_the_digest(
     before = stages.digest(stages.run_stage(config, scenario, "fedamole"))
     monkeypatch.setitem(stages.VERSIONS, "run", stages.VERSIONS["run"] + 1)
     assert stages.digest(stages.run_stage(config, scenario, "fedamole")) != before
+
+
+def test_a_quorum_is_a_setting_of_files_only_where_it_ends_simulated_dropouts(
+    smoke: dict[str, Any], configs: Path
+) -> None:
+    def stage_with(**participation: float) -> tuple[stages.RunStage, float]:
+        config = load_config({**smoke, "participation": participation}, configs)
+        slug = next(iter(config.scenario_seeds()))
+        stage = stages.run_stage(config, slug, "fedit")
+        return stage, stages.with_quorum(stage, stages.quorum_of(config, "fedit")).population.fewest
+
+    strict, lowered = stage_with(), stage_with(quorum=0.3)
+    assert stages.digest(strict[0]) == stages.digest(lowered[0])
+    assert (strict[1], lowered[1]) == (3, 1)
+    lossy = [stage_with(dropout_rate=0.5, quorum=quorum)[0] for quorum in (0.3, 0.6)]
+    assert stages.digest(lossy[0]) != stages.digest(lossy[1])
+
+
+def test_pooled_data_have_no_quorum(smoke: dict[str, Any], configs: Path) -> None:
+    config = load_config({**smoke, "participation": {"quorum": 0.5}}, configs)
+    assert stages.quorum_of(config, "centralised") == 1
+
+
+def test_the_version_of_a_method_reruns_no_other(
+    smoke: dict[str, Any], configs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def digests() -> dict[str, str]:
+        config = load_config({**smoke, "methods": ["fdlora", "fedit"]}, configs)
+        slug = next(iter(config.scenario_seeds()))
+        return {run: stages.digest(stages.run_stage(config, slug, run)) for run in config.runs()}
+
+    before = digests()
+    facts = stages.RUNS["fdlora"]
+    monkeypatch.setitem(stages.RUNS, "fdlora", replace(facts, version=facts.version + 1))
+    after = digests()
+    assert after["fedit"] == before["fedit"] and after["fdlora"] != before["fdlora"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "touched"),
+    [
+        ("aggregation.weighting", "examples", {"fedamole", "fedit", "fedprompt", "fedptuning"}),
+        ("prompt.text", "Answer:", {"fedprompt"}),
+        ("prompt.virtual_tokens", 7, {"fedptuning"}),
+        ("prompt.encoder_width", 16, {"fedptuning"}),
+    ],
+)
+def test_a_setting_is_part_of_the_runs_that_it_means_something_to(
+    smoke: dict[str, Any], configs: Path, path: str, value: Any, touched: set[str]
+) -> None:
+    smoke["methods"] = ["fedamole", "fedit", "fedprompt", "fedptuning", "local", "centralised"]
+
+    def stages_of(raw: dict[str, Any]) -> dict[str, stages.RunStage]:
+        config = load_config(raw, configs)
+        slug = next(iter(config.scenario_seeds()))
+        return {run: stages.run_stage(config, slug, run) for run in config.runs()}
+
+    before = stages_of(smoke)
+    after = stages_of(change(smoke, path, value))
+    changed = {run for run in before if stages.digest(before[run]) != stages.digest(after[run])}
+    assert changed == touched
+    section, name = path.split(".")
+    assert all(getattr(getattr(after[run], section), name) == value for run in touched)
+
+
+def test_without_experts_tokens_weigh_as_examples(smoke: dict[str, Any], configs: Path) -> None:
+    def digest_of(run: str, weighting: str) -> str:
+        config = load_config(change(smoke, "aggregation.weighting", weighting), configs)
+        slug = next(iter(config.scenario_seeds()))
+        return stages.digest(stages.run_stage(config, slug, run))
+
+    assert digest_of("fedit", "tokens") == digest_of("fedit", "examples")
+    assert digest_of("fedamole", "tokens") != digest_of("fedamole", "examples")
+
+
+def test_the_study_of_all_methods_has_all(configs: Path) -> None:
+    config = load_config(read_yaml(configs / "methods.yaml"), configs)
+    assert set(config.methods) == set(METHODS)
+    # Its data sets are those of the library, read from files.
+    for scenario in config.scenarios:
+        mine = scenario.dataset
+        library = parse(DatasetSettings, read_yaml(configs / f"datasets/{mine.name}.yaml"), "")
+        fractions = {"eval_fraction": library.eval_fraction, "test_fraction": library.test_fraction}
+        assert mine.model_copy(update={"source": library.source, **fractions}) == library
 
 
 def test_defaults_belong_to_the_stage_versions() -> None:
@@ -233,7 +352,7 @@ def test_defaults_belong_to_the_stage_versions() -> None:
     }
     constants = settings.DEFAULT_MAX_TEST, EMBEDDING_FRACTION, MAX_TASKS
     text = stages.VERSIONS, sorted(defaults.items()), constants
-    assert hashlib.sha256(repr(text).encode()).hexdigest()[:8] == "398818f6"
+    assert hashlib.sha256(repr(text).encode()).hexdigest()[:8] == "838c2762"
 
 
 def test_a_baseline_does_not_depend_on_the_assignment(smoke: dict[str, Any], configs: Path) -> None:

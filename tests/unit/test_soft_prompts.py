@@ -21,15 +21,17 @@ from transformers import PreTrainedModel
 from fedamole.artifacts import Header, write_record
 from fedamole.backbone import load_backbone, load_tokenizer
 from fedamole.batches import Batch, collate
+from fedamole.cli.session_checks import prompt_length
 from fedamole.client import ClientReport
 from fedamole.config import load_config, read_yaml
 from fedamole.errors import FedamoleError
 from fedamole.generation import generate
 from fedamole.methods import load
+from fedamole.pool_files import write_pool
 from fedamole.pools import ClientGroup, ClientState, Pool
 from fedamole.settings import AdapterSettings, EvaluationSettings, TrainingSettings
 from fedamole.soft_prompts import SOFT_PROMPT
-from fedamole.stages import RunStage, run_stage
+from fedamole.stages import RunStage, digest, run_stage
 from fedamole.targets import BackboneFacts
 from fedamole.token_embeddings import embedding_width, embeddings_of
 from fedamole.training import LocalTraining, ScoredModel, engine_for, train, trained_tensors
@@ -424,13 +426,6 @@ def test_a_prompt_that_takes_the_last_positions_is_refused(
 # A federated round
 
 
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
-    made = Federation(tmp_path_factory.mktemp("federation") / "backbone")
-    write_facts(made.folder, {"positions": 2048})
-    return made
-
-
 PROMPT = {"virtual_tokens": 4, "encoder_width": 8, "text": TEXT}
 
 
@@ -524,13 +519,12 @@ def test_sliced_weights_train_answer_and_test_alike(
         assert one.score == other.score
 
 
-def test_answers_beyond_the_positions_are_refused_before_a_client_is_trained(
-    federation: Federation, round_: tuple[str, Round]
+def test_a_job_counts_the_prompt_that_its_pool_has(
+    federation: Federation, round_: tuple[str, Round], tmp_path: Path
 ) -> None:
     run, done = round_
-    session = federation.session(run, prompt=PROMPT, evaluation={"max_new_tokens": 1990})
-    virtual = done.states[0].groups["prompt"].shared["embedding.weight"].shape[1]
-    with pytest.raises(
-        FedamoleError, match=f"answers of 1990 tokens need {2118 + virtual}; lower max_length"
-    ):
-        load(run).train_client(session, 0, 1, done.states[0], None)
+    settings = federation.stage(run, prompt=PROMPT).run
+    write_pool(tmp_path / "pool.h5", Header("pool", digest(settings)), done.previous)
+    expected = done.states[0].groups["prompt"].shared["embedding.weight"].shape[1]
+    assert prompt_length(settings, tmp_path / "pool.h5") == expected > 0
+    assert prompt_length(federation.stage("fedit").run, tmp_path / "none.h5") == 0

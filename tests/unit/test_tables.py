@@ -127,6 +127,55 @@ def test_clients_table_has_mean_worst_and_spread(tmp_path: Path) -> None:
     assert lines[4] == "| fedamole | **40.00** | **60.00** | **50.00** | **40.00** | 14.14 |"
 
 
+def without(path: Path, clients: set[int]) -> None:
+    """Take clients out of a metrics file, as if they had never been drawn."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [line for line in lines if line.get("client") not in clients]
+    present = [k for k in range(kept[1]["clients"]) if k not in clients]
+    kept[1]["took_part"] = {str(t): present for t in range(1, kept[1]["rounds"] + 1)}
+    write_lines(path, kept)
+
+
+def test_rows_are_compared_on_the_clients_that_are_in_all_of_them(tmp_path: Path) -> None:
+    """In seed 1 row `fedamole` has no client 3, in seed 2 `fedit-ft` no client 0."""
+    study = replace(STUDY, score=lambda *at: at[3] / 10, methods=("fedamole", "fedit", "fedit-ft"))
+    study = replace(study, clients=4)
+    paths = study.write(tmp_path)
+    without(paths[0], {3})
+    without(paths[5], {0})
+    files = table_files(read_metrics(paths, study.settings()), study.settings())
+    for row in rows(files["main.csv"]):
+        assert float(row["score_mean"]) == pytest.approx(((0 + 1 + 2) / 3 + (1 + 2 + 3) / 3) / 20)
+        assert (row["clients"], row["clients_total"]) == ("3", "4")
+    remark = "a: over the clients with a number in every row, 3 of 4"
+    assert files["main.md"].endswith(f" |\n\n{remark}\n")
+    assert f"</table>\n<p>{remark}</p>\n" in files["main.html"]
+    assert f"{{\\footnotesize {remark}\\par}}" in files["main.tex"]
+    first, second = files["clients.md"].replace("**", "").split("a-s2")
+    assert "| fedit | 0.00 | 10.00 | 20.00 | 30.00 | 10.00 | 0.00 | 10.00 |" in first
+    assert "mean, worst, std: over the clients with a number in every row, 3 of 4\n" in second
+
+
+def test_rows_without_a_client_in_common_have_no_mean(tmp_path: Path) -> None:
+    study = replace(STUDY, scenarios={"a": [1]}, methods=("fedamole", "fedit-ft"))
+    study = replace(study, score=lambda *_: 0.5)
+    paths = study.write(tmp_path)
+    without(paths[0], {0})
+    without(paths[1], {1})
+    files = table_files(read_metrics(paths, study.settings()), study.settings())
+    assert [row["score_mean"] for row in rows(files["main.csv"])] == ["", ""]
+    assert "| fedamole | n/a | n/a |" in files["main.md"] and "0 of 2" in files["main.md"]
+    assert "| fedamole | n/a | 50.00 | n/a | n/a | n/a |" in files["clients.md"].replace("**", "")
+
+
+def test_where_all_take_part_nothing_is_said_of_it(tmp_path: Path) -> None:
+    files = tables(STUDY, tmp_path)
+    assert not any("every row" in text for text in files.values())
+    assert {(row["clients"], row["clients_total"]) for row in rows(files["main.csv"])} == {
+        ("2",) * 2
+    }
+
+
 def test_average_over_scenarios(tmp_path: Path) -> None:
     study = replace(STUDY, scenarios={"a": [1, 2], "b": [1]})
     *_, average = score_columns(read(study, tmp_path), study.settings())

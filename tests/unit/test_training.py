@@ -273,6 +273,39 @@ def test_a_client_that_fails_stops_no_other_and_a_retry_does_only_it(
             assert (folder / name).read_bytes() == (one_rank / name).read_bytes()
 
 
+def test_clients_that_all_fail_alike_are_not_dropped(workshop: Workshop) -> None:
+    stage, folder = workshop.stage(), workshop.folder / "alike"
+    workshop.init(folder.name, stage)
+    broken = workshop.folder / "tokens-alike"
+    shutil.copytree(workshop.tokens, broken)
+    content = (broken / "clients.json").read_text()
+    for client in (1, 2):
+        content = without_training_examples(content, client)
+    (broken / "clients.json").write_text(content)
+    arguments = workshop.arguments(stage, folder, [1, 2])
+    arguments[arguments.index(workshop.tokens)] = broken
+    failed = fedamole(*arguments, "--quorum", "0.3")
+    assert failed.returncode == 2
+    assert "no result of clients 1, 2" in failed.stderr
+    assert "drops out" not in failed.stderr and "Traceback" not in failed.stderr
+    assert not [*folder.glob("client_*.h5")]
+
+
+def test_a_mistake_that_is_none_of_the_client_fails_the_job_and_drops_nobody(
+    workshop: Workshop,
+) -> None:
+    stage, folder = workshop.stage(), workshop.folder / "mistaken"
+    pool, assignment = workshop.init(folder.name, stage)
+    shutil.copy(assignment, pool)
+    failed = fedamole(*workshop.arguments(stage, folder, [0]), "--quorum", "0.3")
+    assert failed.returncode == 2
+    assert f"fedamole: {pool}: holds assignment; pool is needed" in failed.stderr
+    assert "no result of clients 0" in failed.stderr
+    assert "drops out" not in failed.stderr and "Traceback" not in failed.stderr
+    (record,) = read_progress(folder / "progress")
+    assert (record.state, record.attempt) == ("failed", 0)
+
+
 def without_training_examples(clients_json: str, client: int) -> str:
     record = json.loads(clients_json)
     start, _ = record["clients"][client]["train"]

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from federation import CHECKOUT, Federation, Round
 
-from fedamole.artifacts import Header, write_record
-from fedamole.backbone import describe
+from fedamole.artifacts import Header
 from fedamole.config import Config, load_config
 from fedamole.planning.contents import virtual_tokens
 from fedamole.planning.model_size import model_size
@@ -29,14 +28,6 @@ SECTIONS: dict[str, Any] = {
     "training": {"steps": 1, "batch_size": 1},
     "prompt": {"encoder_width": 48},
 }
-
-
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
-    made = Federation(tmp_path_factory.mktemp("volumes") / "backbone")
-    facts = describe(made.folder, made.stage("fedit").run.backbone)
-    write_record(made.folder / "backbone.json", Header("backbone", "0" * 64), facts)
-    return made
 
 
 def config_of(federation: Federation, run: str, **changes: Any) -> Config:

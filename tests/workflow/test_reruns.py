@@ -56,6 +56,11 @@ def test_another_cut_into_jobs_reruns_nothing(finished: Study, tmp_path: Path) -
         assert not study.planned()
 
 
+def test_a_lower_quorum_reruns_nothing(finished: Study, tmp_path: Path) -> None:
+    study = finished.copy(tmp_path / "study", participation={"quorum": 0.5})
+    assert not study.planned()
+
+
 def test_a_dry_run_does_not_import_torch(finished: Study, tmp_path: Path) -> None:
     trap = tmp_path / "trap" / "torch"
     trap.mkdir(parents=True)

@@ -119,4 +119,6 @@ def test_the_quorum_holds_in_the_last_round_too_which_is_not_averaged(broken: St
     said = done.stdout + done.stderr
     assert done.returncode == 1
     assert "round 1: no upload of clients [2]; 2 of 3 reported, the quorum is 3" in said
+    assert "client 2 has no training examples (snakemake --forcerun " in said
+    assert "round_001/metrics_002.json lets it try again)" in said
     assert not [*study.results.glob("metrics/*/*.jsonl")]

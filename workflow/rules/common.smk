@@ -301,6 +301,18 @@ def progress_of_round(wildcards, output):
     return PROGRESS.format(**wildcards)
 
 
+def quorum(wildcards, output):
+    """Params function: the share of clients that must report.
+
+    It takes the outputs for the same reason as client_numbers: it decides whether a study goes on, and
+    may be lowered late.
+    """
+    run = (
+        METHODS[wildcards.method].run if "method" in wildcards.keys() else wildcards.run
+    )
+    return f"--quorum {stages.quorum_of(CONFIG, run)}"
+
+
 @functools.cache
 def ranks_of(scenario, run):
     """Processes that work on one client of a run together."""

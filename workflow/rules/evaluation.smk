@@ -60,9 +60,10 @@ rule gather:
         runtime=30,
     params:
         settings=method_settings,
+        quorum=quorum,
     shell:
         r"""
-        fedamole gather \
+        fedamole gather {params.quorum} \
             --settings {params.settings:q} \
             --scenario {wildcards.scenario:q} \
             --method {wildcards.method:q} \

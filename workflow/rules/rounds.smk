@@ -65,9 +65,10 @@ for shard in training_shards():
             clients=client_numbers(shard.clients),
             layout=layout,
             progress=progress_of_round,
+            quorum=quorum,
         shell:
             r"""
-            fedamole train-clients {params.layout} \
+            fedamole train-clients {params.layout} {params.quorum} \
                 --settings {params.settings:q} \
                 --round {wildcards.round} \
                 --clients {params.clients} \
@@ -103,9 +104,10 @@ rule aggregate:
         runtime=30,
     params:
         settings=settings("run"),
+        quorum=quorum,
     shell:
         r"""
-        fedamole aggregate \
+        fedamole aggregate {params.quorum} \
             --settings {params.settings:q} \
             --pool {input.pool:q} \
             --assignment {input.assignment:q} \
