@@ -50,7 +50,7 @@ test-cluster: install ## start a SLURM on this machine (as root, Debian) and run
 		pytest tests/cluster -m "not alone" -n 2 --dist loadgroup $(PYTEST_ARGS) \
 		&& pytest tests/cluster -m alone -n 0 $(PYTEST_ARGS)
 
-check: install ## lint, types, formats, and a dry run of every config
+check: install ## lint, types, formats, a dry run of every config, bench-check
 	@ruff check .
 	@ruff format --check .
 	@snakefmt --check Snakefile workflow
@@ -60,6 +60,7 @@ check: install ## lint, types, formats, and a dry run of every config
 		echo "dry run of $$config"; \
 		snakemake -n --quiet all --configfile $$config || exit 1; \
 	done
+	@python benchmarks/run.py --check
 
 bench-cluster: install ## what SLURM costs, on the cluster of test-cluster
 	@$(CLUSTER) install
