@@ -289,7 +289,7 @@ def test_a_client_that_fails_drops_out_alone_where_it_interrupts_others(
     """Of several processes that wait for each other all end when one dies."""
     progress, done, dropped = RoundProgress(tmp_path, "train"), set[int](), []
 
-    def start(job: Any, wanted: list[int], do: Any) -> None:
+    def start(job: Any, wanted: list[int], do: Any, first: Any) -> None:
         began = {client: progress.start(client) for client in wanted}
         if 1 in wanted:
             progress.end(began[0], "its job was ended", interrupted=True)
