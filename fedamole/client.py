@@ -18,7 +18,7 @@ from fedamole.batches import Batch, LocalTraining, collate, rows_of_round
 from fedamole.datasets.tokens import TokenStore
 from fedamole.dp_sgd import GivenGradients, train_privately
 from fedamole.embeddings import Embedded, embed_client
-from fedamole.errors import ClientError
+from fedamole.errors import ClientError, FedamoleError
 from fedamole.evaluation import Score, accuracy, evaluation_loss, rouge_of_answers
 from fedamole.forms import MIXTURE, Form
 from fedamole.packing import PackedClient, PackedResult, train_pack
@@ -39,6 +39,9 @@ from fedamole.training import (
 )
 
 logger = logging.getLogger(__name__)
+# Names under which configs of transformers keep the dropout of a backbone.
+BACKBONE_DROPOUTS = {"dropout", "attention_dropout", "hidden_dropout", "activation_dropout"}
+BACKBONE_DROPOUTS |= {"resid_pdrop", "attn_pdrop", "embd_pdrop"}
 
 
 @dataclass
@@ -299,9 +302,16 @@ def train_packed(session: ClientSession, round_: int, starts: Mapping[int, Start
     round_
         Round, from 1.
     starts
-        Client -> what its training starts from. A client without examples is left out.
+        Client -> what its training starts from; all with the same optimizer. A client without
+        examples is left out.
+
+    Raises
+    ------
+    FedamoleError
+        If the backbone has dropout of its own: it would be drawn for all clients together.
     """
     run = session.settings.run
+    session.trained_in_pack = {}
     clients = []
     for client, start in starts.items():
         rows = session.training_rows(client, start.with_embedding_set)
@@ -311,12 +321,25 @@ def train_packed(session: ClientSession, round_: int, starts: Mapping[int, Start
     if not clients:
         return
     backbone = session.backbone()
+    _check_no_dropout(backbone, run.backbone.name)
     backbone.to(session.device)  # type: ignore[arg-type]
     optimizer = next(iter(starts.values())).optimizer
     most_tokens = pack_tokens(run, model_size(run.backbone, session.folder))
     session.trained_in_pack = train_pack(
         backbone, clients, round_, run, session.store, session.device, optimizer, most_tokens
     )
+
+
+def _check_no_dropout(backbone: PreTrainedModel, name: str) -> None:
+    """Refuse a backbone whose layers drop something in training."""
+    dropped = [m.p for m in backbone.modules() if isinstance(m, torch.nn.Dropout)]
+    settings = backbone.config.get_text_config().to_dict()
+    dropped += [value for key, value in settings.items() if key in BACKBONE_DROPOUTS and value]
+    if any(dropped):
+        raise FedamoleError(
+            f"backbone {name}: has dropout of its own ({max(dropped)}), which a pack would draw "
+            "for all its clients together; training: pack_clients must be 1"
+        )
 
 
 def _rows_to_train(session: ClientSession, client: int, round_: int, start: Start) -> np.ndarray:

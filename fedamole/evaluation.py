@@ -19,13 +19,10 @@ from fedamole.batches import IGNORED, collate
 from fedamole.contexts import Context, read_prompts
 from fedamole.datasets.tokens import TokenStore
 from fedamole.generation import generate
-from fedamole.settings import EvaluationSettings
+from fedamole.settings import CHOICES_AT_ONCE, EvaluationSettings
 from fedamole.training import ScoredModel
 
 ItemT = TypeVar("ItemT")
-
-# Each holds a copy of the keys and values of its prompt.
-CHOICES_AT_ONCE = 4
 
 
 @dataclass(frozen=True)

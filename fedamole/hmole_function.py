@@ -12,13 +12,13 @@ Between them they keep x and activations of a few columns per token. Parameters 
 leaves they are, never as stacked copies: ZeRO-3 gathers a leaf again for the backward pass.
 Everything is computed in the dtype of the parameters, whatever the dtype of x or autocast says.
 
-Packed clients (:mod:`fedamole.packed_layer`) give every parameter one more axis in front, U: the
-tokens are then those of U units of equal length one after another, and each unit meets its own
-parameters. All that lies between the products works on single tokens and does not see the
-difference.
+Packed clients (:mod:`fedamole.packed_layer`) give every parameter one more axis in front, K: the
+tokens are then those of U units of equal length one after another, and each unit meets the
+parameters of its client. All that lies between the products works on single tokens and does not see
+the difference.
 """
 
-# Axes: U = units of packed clients; no such axis otherwise.
+# Axes: K = packed clients, U = units of them; no such axes otherwise.
 #       B = sequences, T = tokens (of all sequences), D = d_in, O = d_out, R = rank,
 #       N = routed experts, M = experts held (N, and the shared one last), L = M * R,
 #       S = rows of the router's weight (R, N or 0), X = columns of h: L + S without dropout;
@@ -27,6 +27,7 @@ difference.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +100,7 @@ def project(
     router_weight: Tensor | None,
     mixture: Mixture,
     dropout: Dropout | None = None,
+    client_U: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Project the tokens on every A and on the weight of the router in one product.
 
@@ -107,14 +109,16 @@ def project(
     x_TD
         Tokens, any floating dtype.
     lora_A
-        Shape (M, R, D) or (U, M, R, D), the shared expert last.
+        Shape (M, R, D), the shared expert last; of packed clients (K, M, R, D).
     router_weight
-        P, shape (R, D), or the gate, shape (N, D), or the same per unit; None for a router without
-        parameters.
+        P, shape (R, D), or the gate, shape (N, D), of packed clients with K in front; None for a
+        router without parameters.
     mixture
         Sizes of the layer.
     dropout
         What is dropped on the LoRA path; None for nothing. Routing never drops.
+    client_U
+        Packed client of each unit; None if there is one unit of each, in order.
 
     Returns
     -------
@@ -129,7 +133,7 @@ def project(
         All A drop(x); None without dropout.
     """
     through_TD, projected_XT, dropped_LT = _Project.apply(
-        x_TD, lora_A, router_weight, mixture, dropout
+        x_TD, lora_A, router_weight, mixture, dropout, client_U
     )
     return (through_TD if x_TD.requires_grad else x_TD), projected_XT, dropped_LT
 
@@ -144,6 +148,7 @@ def combine(
     mixture: Mixture,
     expert_weights_BN: Tensor | None = None,
     held_B: Tensor | None = None,
+    client_U: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Route the tokens and add the weighted experts to the output of the base layer.
 
@@ -154,7 +159,7 @@ def combine(
     projected_XT, dropped_LT
         As returned by `project`.
     lora_B
-        Shape (M, O, R) or (U, M, O, R), the shared expert last.
+        Shape (M, O, R), the shared expert last; of packed clients (K, M, O, R).
     token_mask_T
         True where a token is real; None when every token is.
     num_sequences
@@ -165,6 +170,8 @@ def combine(
         Weights of the routed experts; None where they follow from scores.
     held_B
         How many of the routed experts each sequence has, the first ones; None for all.
+    client_U
+        As for `project`.
 
     Returns
     -------
@@ -183,6 +190,7 @@ def combine(
         mixture,
         expert_weights_BN,
         held_B,
+        client_U,
     )
 
 
@@ -193,6 +201,20 @@ def _full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     if not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type=device_type, enabled=False)
+
+
+def _of_units(parameter: Tensor, client_U: Tensor | None) -> Tensor:
+    """Return the parameter of each unit: its client's."""
+    return parameter if client_U is None else parameter.index_select(0, client_U)
+
+
+def _to_clients(
+    gradient: Tensor | None, like: Tensor | None, client_U: Tensor | None
+) -> Tensor | None:
+    """Return the gradient of the parameter itself: the sum over the units of each client."""
+    if gradient is None or like is None or client_U is None:
+        return gradient
+    return torch.zeros_like(like).index_add_(0, client_U, gradient)
 
 
 def _stacked_projections(lora_A: Tensor, router_weight: Tensor | None) -> Tensor:
@@ -263,8 +285,13 @@ class _Project(torch.autograd.Function):
         router_weight: Tensor | None,
         mixture: Mixture,
         dropout: Dropout | None,
+        client_U: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        ctx.save_for_backward(x_TD, lora_A, router_weight)
+        # The parameters are saved, not what units take of them: that is one copy per unit.
+        ctx.save_for_backward(x_TD, lora_A, router_weight, client_U)
+        lora_A = _of_units(lora_A, client_U)
+        if router_weight is not None:
+            router_weight = _of_units(router_weight, client_U)
         ctx.set_materialize_grads(False)
         ctx.num_projected = _num_projected(lora_A, mixture, dropout)
         ctx.frozen = mixture.frozen if mixture.frozen_experts else None
@@ -287,15 +314,19 @@ class _Project(torch.autograd.Function):
         ctx: Any, grad_TD: Tensor | None, grad_XT: Tensor | None, grad_LT: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         # Gradient checkpointing lets the saved tensors be unpacked once.
-        saved = ctx.saved_tensors
-        with _full_precision(saved[0]):
-            grads = _project_backward(ctx, saved, grad_TD, grad_XT, grad_LT)
-        return (*grads, None, None)
+        x_TD, lora_A, router_weight, client_U = ctx.saved_tensors
+        own_A = _of_units(lora_A, client_U)
+        own_P = None if router_weight is None else _of_units(router_weight, client_U)
+        with _full_precision(x_TD):
+            saved = (x_TD, own_A, own_P)
+            grad_x, grad_A, grad_P = _project_backward(ctx, saved, grad_TD, grad_XT, grad_LT)
+        grad_A = _to_clients(grad_A, lora_A, client_U)
+        return grad_x, grad_A, _to_clients(grad_P, router_weight, client_U), None, None, None
 
 
 def _project_backward(
     ctx: Any,
-    saved: tuple[Tensor, ...],
+    saved: tuple[Tensor, Tensor, Tensor | None],
     grad_TD: Tensor | None,
     grad_XT: Tensor | None,
     grad_LT: Tensor | None,
@@ -351,16 +382,18 @@ class _Combine(torch.autograd.Function):
         mixture: Mixture,
         expert_weights_BN: Tensor | None,
         held_B: Tensor | None,
+        client_U: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        own_B = _of_units(lora_B, client_U)
         with _full_precision(projected_XT):
             routing, loss_B, routed_NB = route(
                 projected_XT, expert_weights_BN, token_mask_T, num_sequences, mixture, held_B
             )
-            lora_MRT = _lora_activations(projected_XT, dropped_LT, lora_B)
-            weighted_LT = (lora_MRT * _weights(routing.q_NT, lora_B, mixture.scale)).flatten(0, 1)
-            y_TO = _add_rows(base_TO, weighted_LT, _stacked_outputs(lora_B))
+            lora_MRT = _lora_activations(projected_XT, dropped_LT, own_B)
+            weighted_LT = (lora_MRT * _weights(routing.q_NT, own_B, mixture.scale)).flatten(0, 1)
+            y_TO = _add_rows(base_TO, weighted_LT, _stacked_outputs(own_B))
         ctx.mixture = mixture
-        ctx.save_for_backward(projected_XT, dropped_LT, lora_B, token_mask_T, *routing)
+        ctx.save_for_backward(client_U, lora_B, projected_XT, dropped_LT, token_mask_T, *routing)
         ctx.mark_non_differentiable(routed_NB)
         return y_TO.to(base_TO.dtype), loss_B, routed_NB
 
@@ -369,17 +402,24 @@ class _Combine(torch.autograd.Function):
     def backward(
         ctx: Any, grad_TO: Tensor, grad_loss_B: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
+        client_U, lora_B, *saved = ctx.saved_tensors
+        own_B = _of_units(lora_B, client_U)
         with _full_precision(grad_TO):
-            grads = _combine_backward(ctx.mixture, ctx.saved_tensors, grad_TO, grad_loss_B)
-        return (grad_TO, *grads, None, None, None, None, None)
+            *grads, grad_B = _combine_backward(ctx.mixture, own_B, saved, grad_TO, grad_loss_B)
+        grads.append(_to_clients(grad_B, lora_B, client_U))
+        return (grad_TO, *grads, None, None, None, None, None, None)
 
 
 def _combine_backward(
-    mixture: Mixture, saved: tuple[Tensor, ...], grad_TO: Tensor, grad_loss_B: Tensor
+    mixture: Mixture,
+    lora_B: Tensor,
+    saved: Sequence[Tensor],
+    grad_TO: Tensor,
+    grad_loss_B: Tensor,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Return the gradients of `projected_XT`, `dropped_LT` and `lora_B`."""
-    projected_XT, dropped_LT, lora_B, token_mask_T = saved[:4]
-    routing = Routing(*saved[4:])
+    projected_XT, dropped_LT, token_mask_T = saved[:3]
+    routing = Routing(*saved[3:])
     grad_TO = grad_TO.to(lora_B.dtype)
     num_experts = mixture.num_experts
     lora_MRT = _lora_activations(projected_XT, dropped_LT, lora_B)

@@ -34,16 +34,18 @@ class PackContext:
 
     Attributes
     ----------
-    places
-        Place in the pack of the client of each unit.
     client_U
-        The same as int64 on the device.
+        Place in the pack of the client of each unit, int64.
+    one_of_each
+        Whether there is one unit of every client, in order.
     token_mask_BT
         True where a token is real; None where all are.
     sequences
         Sequences of each unit.
     lengths
         Tokens of the longest sequence of each unit.
+    longest
+        Tokens of every sequence with padding.
     dropout_seeds
         One per layer, in the order of execution, for each unit.
     order
@@ -51,11 +53,12 @@ class PackContext:
         checkpointing repeats a part of one.
     """
 
-    places: tuple[int, ...] = ()
     client_U: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    one_of_each: bool = False
     token_mask_BT: Tensor | None = None
     sequences: int = 1
     lengths: tuple[int, ...] = ()
+    longest: int = 0
     dropout_seeds: list[list[int]] = field(default_factory=list)
     order: dict[str, int] = field(default_factory=dict)
 
@@ -127,19 +130,33 @@ class PackedLinear(nn.Module):
         self.routed_tokens_KN = torch.zeros(clients, most, dtype=torch.int64, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to units, shape (B, T, d_in), those of a unit one after another."""
+        """Apply the layer to units, shape (B, T, d_in), the sequences of a unit together.
+
+        Raises
+        ------
+        ValueError
+            If the input has other tokens than the units: a module that chooses among them, such as
+            an expert of a mixture in the backbone, cannot be adapted in a pack.
+        """
         context, width = self.context, x.shape[-1]
         client_B = context.client_U.repeat_interleave(context.sequences)
+        if x.shape[:-1].numel() != len(client_B) * context.longest:
+            raise ValueError(
+                f"{self.name}: an input of shape {tuple(x.shape)} has not the tokens of "
+                f"{len(client_B)} packed sequences of {context.longest}"
+            )
+        client_U = None if context.one_of_each else context.client_U
         dropout = None
         if self.dropout and self.training:
             dropout = context.dropout_of(self.name, self.dropout)
         router_weight = self.token_proj if self.gate is None else self.gate
         through_TD, projected_XT, dropped_LT = project(
             x.reshape(-1, width),
-            self._of_units(self.lora_A),
-            None if router_weight is None else self._of_units(router_weight),
+            self.lora_A,
+            router_weight,
             self.mixture,
             dropout,
+            client_U,
         )
         base = self.base_layer(through_TD.view_as(x))
         mask_BT = context.token_mask_BT
@@ -147,22 +164,17 @@ class PackedLinear(nn.Module):
             base.reshape(-1, base.shape[-1]),
             projected_XT,
             dropped_LT,
-            self._of_units(self.lora_B),
+            self.lora_B,
             None if mask_BT is None else mask_BT.flatten(),
             len(client_B),
             self.mixture,
             held_B=self.held_K[client_B] if self.mixture.num_experts else None,
+            client_U=client_U,
         )
         if not inside_backward():
             self.balance_loss_B = balance_loss_B
             self.routed_tokens_KN.index_add_(0, client_B, routed_tokens_NB.T)
         return y_TO.view_as(base)
-
-    def _of_units(self, parameter: Tensor) -> Tensor:
-        """Give each unit the parameter of its client, shape (U, ...)."""
-        if self.context.places == tuple(range(len(parameter))):
-            return parameter
-        return parameter.index_select(0, self.context.client_U)
 
     @torch.no_grad()
     def load(self, place: int, arrays: dict[str, Tensor]) -> None:
@@ -198,12 +210,12 @@ class PackedAdapters:
     def __init__(
         self, backbone: PreTrainedModel, states: Sequence[ClientState], settings: AdapterSettings
     ) -> None:
-        self.backbone, self.context = backbone, PackContext()
+        self.backbone, self.context, self.clients = backbone, PackContext(), len(states)
         self.layers: dict[str, PackedLinear] = {}
         router = router_of(states[0])
         for name, group in states[0].groups.items():
             for index, module in enumerate(group.modules):
-                held = [int((s.groups[name].module_N == index).sum()) for s in states]
+                held = [int((state.groups[name].module_N == index).sum()) for state in states]
                 base_layer = backbone.get_submodule(module)
                 assert isinstance(base_layer, nn.Linear), f"{module} is no linear layer"
                 self.layers[module] = PackedLinear(

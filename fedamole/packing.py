@@ -12,7 +12,8 @@ is shared between processes, hence no DeepSpeed.
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,12 +85,15 @@ class Unit:
         Rows of the token store.
     length
         Tokens of the longest of them.
+    num_targets
+        Response tokens of all.
     """
 
     place: int
     number: int
     rows: np.ndarray
     length: int
+    num_targets: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,8 +106,10 @@ class PackedBatch:
         What is in it.
     input_ids
         (B, T), the sequences of a unit one after another.
-    attention_mask
-        (B, T), or None where nothing is padded.
+    token_mask
+        (B, T) True where a token is real; None where all are.
+    client_U
+        Place of the client of each unit, int64.
     positions_P
         Places in the flat (B * T) that predict a response token, in order.
     targets_P
@@ -114,10 +120,20 @@ class PackedBatch:
 
     units: tuple[Unit, ...]
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
+    token_mask: torch.Tensor | None
+    client_U: torch.Tensor
     positions_P: torch.Tensor
     targets_P: torch.Tensor
     unit_P: torch.Tensor
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """Copy of the batch on a device."""
+        moved: dict[str, Any] = {
+            key: value.to(device, non_blocking=True)
+            for key, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
 def plan_passes(
@@ -148,12 +164,11 @@ def plan_passes(
     best: list[tuple[int, int]] = [(0, 0)]
     for stop in range(1, len(order) + 1):
         longest = sequences * lengths[order[stop - 1]]
-        costs = [
-            (best[start][0] + (stop - start) * longest + pass_cost, start)
-            for start in range(stop)
-            if stop - start == 1 or not most_tokens or (stop - start) * longest <= most_tokens
-        ]
-        best.append(min(costs))
+        most = max(1, most_tokens // longest) if most_tokens else stop
+        starts = range(max(0, stop - most), stop)
+        best.append(
+            min((best[start][0] + (stop - start) * longest + pass_cost, start) for start in starts)
+        )
     passes, stop = [], len(order)
     while stop:
         start = best[stop][1]
@@ -162,18 +177,25 @@ def plan_passes(
     return passes[::-1]
 
 
+def make_unit(place: int, number: int, rows: np.ndarray, store: TokenStore) -> Unit:
+    """Make a micro-batch; see :class:`Unit`."""
+    lengths = [len(store.ids(row)) for row in rows]
+    prompts = [store.prompt_length(row) for row in rows]
+    return Unit(place, number, rows, max(lengths), sum(lengths) - sum(prompts))
+
+
 def pack_batch(units: Sequence[Unit], store: TokenStore) -> PackedBatch:
     """Put units into one batch."""
     longest = max(unit.length for unit in units)
     rows = np.concatenate([unit.rows for unit in units])
     input_ids = np.full((len(rows), longest), store.pad_id, dtype=np.int64)
-    mask = np.zeros((len(rows), longest), dtype=np.int64)
+    mask = np.zeros((len(rows), longest), dtype=bool)
     positions, targets, owners = [], [], []
     owner_B = np.repeat(np.arange(len(units)), [len(unit.rows) for unit in units])
     for line, row in enumerate(rows):
         ids, prompt = store.ids(row), store.prompt_length(row)
         input_ids[line, : len(ids)] = ids
-        mask[line, : len(ids)] = 1
+        mask[line, : len(ids)] = True
         # The logits at position t predict token t + 1.
         positions.append(line * longest + np.arange(prompt - 1, len(ids) - 1))
         targets.append(np.asarray(ids[prompt:], dtype=np.int64))
@@ -181,7 +203,8 @@ def pack_batch(units: Sequence[Unit], store: TokenStore) -> PackedBatch:
     return PackedBatch(
         units=tuple(units),
         input_ids=torch.from_numpy(input_ids),
-        attention_mask=None if mask.all() else torch.from_numpy(mask),
+        token_mask=None if mask.all() else torch.from_numpy(mask),
+        client_U=torch.tensor([unit.place for unit in units]),
         positions_P=torch.from_numpy(np.concatenate(positions)),
         targets_P=torch.from_numpy(np.concatenate(targets)),
         unit_P=torch.from_numpy(np.concatenate(owners)),
@@ -215,18 +238,16 @@ class PackedModel(nn.Module):
         self.backbone, self.adapters = backbone, adapters
 
     def forward(
-        self, batch: PackedBatch, seeds: Sequence[int], device: torch.device
+        self, batch: PackedBatch, seeds: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum the token losses and the balance losses of each unit.
 
         Parameters
         ----------
         batch
-            The units.
+            The units, on the device of the model.
         seeds
             Of the dropout of each unit.
-        device
-            Where the model is.
 
         Returns
         -------
@@ -234,32 +255,31 @@ class PackedModel(nn.Module):
             (U,) cross entropies of the response tokens in nats, and (U,) load balancing losses;
             both float32.
         """
-        context, units = self.adapters.context, batch.units
-        mask_BT = None if batch.attention_mask is None else batch.attention_mask.to(device)
-        context.places = tuple(unit.place for unit in units)
-        context.client_U = torch.tensor(context.places, device=device)
-        context.token_mask_BT = None if mask_BT is None else mask_BT.bool()
+        units, layers = batch.units, self.adapters.layers
+        context = self.adapters.context
+        context.client_U = batch.client_U
+        context.one_of_each = [unit.place for unit in units] == list(range(self.adapters.clients))
+        context.token_mask_BT = batch.token_mask
         context.sequences = len(units[0].rows)
         context.lengths = tuple(unit.length for unit in units)
-        context.dropout_seeds = [layer_seeds(seed, len(self.adapters.layers)) for seed in seeds]
-        positions_P = batch.positions_P.to(device)
+        context.longest = batch.input_ids.shape[1]
+        context.dropout_seeds = [layer_seeds(seed, len(layers)) for seed in seeds]
 
         def at_targets(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             # Sequences of other clients end elsewhere: a position that one needs, others do not.
-            return (args[0].flatten(0, -2)[positions_P].unsqueeze(0), *args[1:])
+            return (args[0].flatten(0, -2)[batch.positions_P].unsqueeze(0), *args[1:])
 
         hook = self.backbone.get_output_embeddings().register_forward_pre_hook(at_targets)
         try:
-            logits_1PV = self.backbone(
-                input_ids=batch.input_ids.to(device), attention_mask=mask_BT, use_cache=False
-            ).logits
+            # Padding is behind the tokens, where a causal model does not look: no mask is needed,
+            # and without one attention takes its faster paths.
+            logits_1PV = self.backbone(input_ids=batch.input_ids, use_cache=False).logits
         finally:
             hook.remove()
         losses_P = nn.functional.cross_entropy(
-            logits_1PV[0].float(), batch.targets_P.to(device), reduction="none"
+            logits_1PV[0].float(), batch.targets_P, reduction="none"
         )
-        zeros_U = losses_P.new_zeros(len(units))
-        token_U = zeros_U.index_add(0, batch.unit_P.to(device), losses_P)
+        token_U = losses_P.new_zeros(len(units)).index_add(0, batch.unit_P, losses_P)
         return token_U, self.adapters.balance_losses().view(len(units), -1).sum(1)
 
 
@@ -300,15 +320,29 @@ def train_pack(
         Client -> its result, or the error of a client whose training diverged; the others do not
         feel it.
     """
-    with packed_adapters(backbone, [c.state for c in clients], run.adapter) as adapters:
+    states = [client.state for client in clients]
+    with packed_adapters(backbone, states, run.adapter) as adapters:
         training = _Training(clients, round_, run, store, device, adapters, most_tokens)
-        training.run_steps(backbone, optimizer)
+        try:
+            training.run_steps(PackedModel(backbone, adapters).train(), optimizer)
+        finally:
+            backbone.eval()
     return training.results
 
 
 @dataclass
 class _Training:
-    """The training of one pack, step by step; see :func:`train_pack` for the first attributes."""
+    """The training of one pack, step by step; see :func:`train_pack` for its fields.
+
+    Attributes
+    ----------
+    results
+        Client -> what it has trained, once it has.
+    losses
+        For each step (K,) mean token losses.
+    batches
+        For each client the micro-batches of its steps.
+    """
 
     clients: Sequence[PackedClient]
     round: int
@@ -324,11 +358,10 @@ class _Training:
         self.batches = [self._steps_of(place) for place in range(len(self.clients))]
 
     def run_steps(
-        self, backbone: PreTrainedModel, optimizer: Callable[..., torch.optim.Optimizer]
+        self, model: PackedModel, optimizer: Callable[..., torch.optim.Optimizer]
     ) -> None:
         """Train until the last client has done its steps."""
         settings = self.run.training
-        model = PackedModel(backbone, self.adapters).train()
         parameters = self.adapters.parameters()
         rule = optimizer(parameters, lr=learning_rate(settings, self.round))
         most = max(client.num_steps for client in self.clients)
@@ -343,7 +376,6 @@ class _Training:
             for place, client in enumerate(self.clients):
                 if client.num_steps == step + 1:
                     self._finish(place, time.monotonic() - started)
-        backbone.eval()
 
     def place_of(self, place: int) -> LocalTraining:
         """Where in the study the training of a client stands."""
@@ -353,43 +385,26 @@ class _Training:
         """Give the micro-batches of each step of a client."""
         client, place_of = self.clients[place], self.place_of(place)
         for step in rows_of_round(client.rows, client.num_steps, place_of, self.run.training):
-            yield [
-                Unit(place, number, rows, max(len(self.store.ids(row)) for row in rows))
-                for number, rows in enumerate(step)
-            ]
+            yield [make_unit(place, number, rows, self.store) for number, rows in enumerate(step)]
 
     def _add_gradients(self, model: PackedModel, units: list[Unit], step: int) -> torch.Tensor:
         """Run the passes of a step; give the mean token loss of each client, (K,)."""
-        settings = self.run.training
+        settings, per_pass = self.run.training, self.run.training.sequences_per_pass
         targets_K = np.zeros(len(self.clients))
         for unit in units:
-            targets_K[unit.place] += sum(
-                len(self.store.ids(row)) - self.store.prompt_length(row) for row in unit.rows
-            )
+            targets_K[unit.place] += unit.num_targets
+        balance_share = self.run.adapter.balance_weight / settings.batch_size
         loss_K = torch.zeros(len(self.clients), device=self.device)
-        lengths = [unit.length for unit in units]
-        plan = plan_passes(
-            lengths,
-            settings.sequences_per_pass,
-            PASS_COST[self.device.type],
-            self.most_tokens,
-        )
-        for number, indices in enumerate(plan):
+        lengths, cost = [unit.length for unit in units], PASS_COST[self.device.type]
+        for indices in plan_passes(lengths, per_pass, cost, self.most_tokens):
             chosen = [units[index] for index in indices]
-            # A dropout of the backbone itself, as OPT has, is drawn for the pass as a whole.
-            names = ("pack", self.clients[0].client, self.round, step, number)
-            torch.manual_seed(derive_seed(self.run.seed, *names))
-            token_U, balance_U = model(
-                pack_batch(chosen, self.store),
-                [self._dropout_seed(unit, step) for unit in chosen],
-                self.device,
-            )
-            place_U = [unit.place for unit in chosen]
-            shares_U = torch.tensor(1.0 / targets_K[place_U], dtype=torch.float32)
-            token_U = token_U * shares_U.to(self.device)
-            balance_U = balance_U * (self.run.adapter.balance_weight / settings.batch_size)
-            (token_U + balance_U).sum().backward()
-            loss_K.index_add_(0, torch.tensor(place_U, device=self.device), token_U.detach())
+            shares = torch.tensor([1.0 / targets_K[unit.place] for unit in chosen])
+            share_U = shares.to(self.device, torch.float32, non_blocking=True)
+            batch = pack_batch(chosen, self.store).to(self.device)
+            token_U, balance_U = model(batch, [self._dropout_seed(unit, step) for unit in chosen])
+            token_U = token_U * share_U
+            (token_U + balance_U * balance_share).sum().backward()
+            loss_K.index_add_(0, batch.client_U, token_U.detach())
         return loss_K
 
     def _dropout_seed(self, unit: Unit, step: int) -> int:
@@ -400,7 +415,7 @@ class _Training:
     def _finish(self, place: int, seconds: float) -> None:
         """Take out what a client has trained; later steps of others move it no more."""
         client = self.clients[place]
-        losses = [float(loss_K[place]) for loss_K in self.losses[: client.num_steps]]
+        losses = torch.stack(self.losses[: client.num_steps])[:, place].tolist()
         try:
             check_finite(enumerate(losses), self.place_of(place))
         except ClientError as error:

@@ -90,8 +90,16 @@ class RoundProgress:
         """Where the file of a finished client waits for the others of its job."""
         return self.folder / output.name
 
-    def start(self, client: int) -> ClientProgress:
-        """Say that a client begins."""
+    def start(self, client: int, is_try: bool = True) -> ClientProgress:
+        """Say that a client begins.
+
+        Parameters
+        ----------
+        client
+            Who.
+        is_try
+            Whether an end of its process would be a failure of this client; see `count_try`.
+        """
         job = os.environ.get("SLURM_JOB_ID", "")
         now = ClientProgress(
             work=self.work,
@@ -101,10 +109,14 @@ class RoundProgress:
             host=socket.gethostname(),
             process=os.getpid(),
             job=int(job) if job.isdigit() else None,
-            attempt=self.attempts(client) + 1,
+            attempt=self.attempts(client) + is_try,
             digest=self.digest,
         )
         return self._write(now)
+
+    def count_try(self, began: ClientProgress) -> ClientProgress:
+        """Say that a client that was begun with others has its own turn now."""
+        return self._write(replace(began, attempt=began.attempt + 1))
 
     def attempts(self, client: int) -> int:
         """How often a client was begun without an end that counts."""

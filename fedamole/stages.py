@@ -239,13 +239,15 @@ def run_stage(config: Config, scenario: str, run: str) -> RunStage:
 
 def _training_of(training: TrainingSettings, facts: Run) -> TrainingSettings:
     """What of the training matters to a run."""
-    if training.pack_clients > 1:
-        if not (facts.trains and facts.packs):
-            training = training.one_by_one
-        else:
-            # Every rank takes clients of its own: their number changes nothing.
-            training = training.model_copy(update={"ranks": 1})
-    return training if facts.trains else _untrained(training)
+    if not facts.trains:
+        return _untrained(training)
+    if training.pack_clients == 1:
+        return training
+    if not facts.packs:
+        return training.one_by_one
+    # Every rank takes packs of its own, without DeepSpeed: neither changes a number.
+    default = TrainingSettings.model_fields["deepspeed"].get_default()
+    return training.model_copy(update={"ranks": 1, "deepspeed": default})
 
 
 def _weighting(aggregation: AggregationSettings, facts: Run) -> AggregationSettings:

@@ -89,7 +89,7 @@ class TrainingRecord:
     loss_first, loss_last
         Mean token loss of the first and the last step that had examples, in nats; None if none had.
     seconds
-        Wall time of the steps.
+        Wall time of the steps; in a pack of those of all its clients.
     routed_tokens
         Module -> (n,) tokens that were routed to each of its domain experts.
     """

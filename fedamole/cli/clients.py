@@ -376,6 +376,9 @@ def _work(job: _Job, clients: list[int], do: ForClient, first: ForPack | None) -
 class _Turns(contextlib.AbstractContextManager["_Turns"]):
     """Keeps the progress records of the clients of a pack, who are begun together.
 
+    An error in a client's turn is its own. What goes wrong before, in the training of all, is a try
+    of nobody: without the one at fault the others might have trained.
+
     Parameters
     ----------
     job
@@ -387,7 +390,7 @@ class _Turns(contextlib.AbstractContextManager["_Turns"]):
     def __init__(self, job: _Job, clients: list[int]) -> None:
         self.job = job
         ours = _is_first_rank()
-        self.begun = {c: job.progress.start(c) if ours else None for c in clients}
+        self.begun = {c: job.progress.start(c, is_try=False) if ours else None for c in clients}
 
     def waiting(self) -> list[int]:
         """Clients whose turn has not come."""
@@ -396,39 +399,40 @@ class _Turns(contextlib.AbstractContextManager["_Turns"]):
     @contextlib.contextmanager
     def of(self, client: int) -> Iterator[None]:
         """Do a client. An error is its own, unless the process cannot go on."""
-        with self._blaming([client]):
+        if began := self.begun[client]:
+            self.begun[client] = self.job.progress.count_try(began)
+        failure: BaseException | None = None
+        try:
             yield
-        if client in self.begun:
-            self._end(client, None)
+        except BaseException as error:
+            failure = error
+            if not _goes_on(error, self.job.layout.ranks):
+                raise
+        finally:
+            # Neither the end of a job nor a mistake in the config is a try of the client.
+            no_try = isinstance(failure, INTERRUPTED) or _is_mistake(failure)
+            self._end(client, None if failure is None else _reason(failure), no_try)
 
     @contextlib.contextmanager
     def of_all(self) -> Iterator[None]:
-        """Do what comes before the turns of all: an error is that of all, and nobody waits on."""
-        with self._blaming(self.waiting()):
-            yield
-
-    @contextlib.contextmanager
-    def _blaming(self, clients: list[int]) -> Iterator[None]:
+        """Do what comes before the turns; after an error there are none."""
         try:
             yield
-        except BaseException as failure:
-            for client in clients:
-                self._end(client, failure)
-            if not _goes_on(failure, self.job.layout.ranks):
+        except Exception as error:
+            for client in self.waiting():
+                self._end(client, _reason(error))
+            if not _goes_on(error, self.job.layout.ranks):
                 raise
 
-    def __exit__(self, *_: object) -> None:
-        """Whose turn has not come when the process ends had no try."""
+    def __exit__(self, _: object, failure: BaseException | None, __: object) -> None:
+        """Whose turn has not come had no try."""
+        reason = _reason(failure or KeyboardInterrupt())
         for client in self.waiting():
-            self._end(client, KeyboardInterrupt())
+            self._end(client, reason)
 
-    def _end(self, client: int, failure: BaseException | None) -> None:
-        began = self.begun.pop(client)
-        if began:
-            error = None if failure is None else _reason(failure)
-            # Neither the end of a job nor a mistake in the config is a try of the client.
-            no_try = isinstance(failure, INTERRUPTED) or _is_mistake(failure)
-            self.job.progress.end(began, error, no_try)
+    def _end(self, client: int, error: str | None, no_try: bool = False) -> None:
+        if began := self.begun.pop(client):
+            self.job.progress.end(began, error, interrupted=no_try)
 
 
 def _reason(failure: BaseException) -> str:

@@ -12,7 +12,8 @@ from fedamole.planning.contents import contents_of, virtual_tokens
 from fedamole.planning.model_size import ModelSize
 from fedamole.planning.volumes import FLOAT, adapters_of
 from fedamole.planning.workload import sequences_per_pass, works_of
-from fedamole.settings import AdapterSettings, BackboneSettings
+from fedamole.registry import RUNS
+from fedamole.settings import CHOICES_AT_ONCE, AdapterSettings, BackboneSettings
 from fedamole.stages import RunStage
 
 MB, GB = 2**20, 10**9
@@ -144,9 +145,9 @@ def _adapters(config: Config, size: ModelSize, zero: ZeRO) -> float:
         for scenario in config.scenarios
         for work in works_of(config)
     )
-    if config.training.pack_clients > 1:
+    if (clients := packed_clients(config)) > 1:
         # Weights, gradients and Adam's two moments of every client of the pack.
-        return FLOAT * numbers * 4 * config.training.pack_clients
+        return FLOAT * numbers * 4 * clients
     ranks = config.training.ranks
     weights = 1 / ranks if zero.stage == 3 else 1.0
     gradients = 1 / ranks if zero.stage >= 2 else 1.0
@@ -159,14 +160,25 @@ def training_bytes(config: Config, size: ModelSize, checkpointing: bool) -> floa
     """What one forward pass of one rank keeps for its backward pass, logits included."""
     sequences, length = _models(config) * sequences_per_pass(config), _longest(config)
     each = _kept_bytes(pass_of(config), size, checkpointing)
-    if config.training.pack_clients == 1:
-        return sequences * length * each + _logits(config, size, sequences)
+    alone = sequences * length * each + _logits(config, size, sequences)
+    if (clients := packed_clients(config)) == 1:
+        return alone
     if config.training.pack_memory_gb:
-        return max(GB * config.training.pack_memory_gb, sequences * length * each)
-    tokens = sequences * length * config.training.pack_clients
+        return max(GB * config.training.pack_memory_gb, alone)
+    tokens = sequences * length * clients
     if config.training.pack_tokens:
         tokens = min(tokens, max(config.training.pack_tokens, sequences * length))
     return tokens * each + _logits(config, size, math.ceil(tokens / length))
+
+
+def packed_clients(config: Config) -> int:
+    """Most clients that a process trains at once."""
+    if not any(RUNS[run].packs for run in config.runs()):
+        return 1
+    together = max(scenario.clients for scenario in config.scenarios)
+    if config.execution.clients_per_job != "all":
+        together = min(together, config.execution.clients_per_job)
+    return min(together, config.training.pack_clients)
 
 
 @dataclass(frozen=True)
@@ -253,7 +265,12 @@ def testing_bytes(config: Config, size: ModelSize) -> float:
     layer = sequences * length * kept / size.num_decoder_layers
     cached = length + config.evaluation.max_new_tokens
     cache = sequences * cached * size.num_decoder_layers * size.key_value_width * width
-    return layer + max(_logits(config, size, sequences), cache)
+    answers = max(1, *(len(scenario.dataset.answers or ()) for scenario in config.scenarios))
+    # Choices have the keys and values of their prompt each, beside those of the prompt itself.
+    copies = min(answers, CHOICES_AT_ONCE)
+    if copies > 1:
+        cache *= 1 + copies
+    return layer + max(_logits(config, size, copies * sequences), cache)
 
 
 def _logits(config: Config, size: ModelSize, sequences: int) -> float:
@@ -300,7 +317,9 @@ def host_bytes(config: Config, size: ModelSize) -> float:
     sliced = whole / config.training.ranks if zero.stage == 3 else 0.0
     adapters = _adapters(config, size, zero)
     if config.execution.gpus:
-        return GPU_HOST_BASE + whole + (sliced + adapters if zero.offload else 0.0)
+        # What the clients of a pack start from and what they have trained, beside what is trained.
+        packed = adapters / 2 if packed_clients(config) > 1 else 0.0
+        return GPU_HOST_BASE + whole + packed + (sliced + adapters if zero.offload else 0.0)
     training = training_bytes(config, size, config.backbone.gradient_checkpointing)
     passes = max(training, testing_bytes(config, size))
     return CPU_BASE + whole + sliced + adapters + passes

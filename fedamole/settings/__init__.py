@@ -26,6 +26,7 @@ from fedamole.settings.participation import ParticipationSettings
 from fedamole.settings.privacy import DpSgdSettings, EmbeddingPrivacy, PrivacySettings
 from fedamole.settings.section import Section
 from fedamole.settings.training import (
+    CHOICES_AT_ONCE,
     DEEPSPEED_KEYS,
     DEFAULT_STEPS,
     ZERO_KEYS,
@@ -34,6 +35,7 @@ from fedamole.settings.training import (
 )
 
 __all__ = [
+    "CHOICES_AT_ONCE",
     "DEEPSPEED_KEYS",
     "DEFAULT_MAX_TEST",
     "DEFAULT_STEPS",

@@ -185,6 +185,10 @@ class TrainingSettings(Section):
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
 
+# Choices that are scored together behind one prompt; its keys and values are copied for each.
+CHOICES_AT_ONCE = 4
+
+
 class EvaluationSettings(Section):
     """Testing of a model on a client's evaluation and test sets."""
 

@@ -18,9 +18,12 @@ from fedamole.artifacts import Header
 from fedamole.backbone import load_backbone, load_tokenizer
 from fedamole.backbone_limits import check_length, check_loading
 from fedamole.batches import collate
+from fedamole.client import _check_no_dropout
 from fedamole.errors import FedamoleError
 from fedamole.generation import generate
-from fedamole.hmole_peft import HMoLEConfig, hmole_layers
+from fedamole.hmole_peft import HMoLEConfig, balance_loss, hmole_layers
+from fedamole.packed_layer import packed_adapters
+from fedamole.packing import PackedModel, make_unit, pack_batch
 from fedamole.pool_files import (
     read_client_state,
     read_upload,
@@ -290,3 +293,36 @@ def test_a_sequence_beyond_the_positions_is_refused_before_it_breaks_the_model(
         "backbone opt: has positions for 48 tokens, and max_length 40 and answers of 9 tokens need "
         "49; lower max_length or evaluation: max_new_tokens"
     )
+
+
+def test_packed_clients_get_the_losses_that_they_get_alone(tiny: Tiny) -> None:
+    """Of sequences of unequal length: padding behind them is seen by nobody, with no mask."""
+    lengths, prompt = (7, 12, 9, 5), 3
+    rows = sequences(*lengths)
+    store = make_store([list(ids) for ids in rows], [prompt] * len(rows), [])
+    other = without_effect(tiny.state)
+    adapter = ADAPTER.model_copy(update={"dropout": 0.0})
+    backbone = tiny.load()
+    units = [make_unit(*unit, store) for unit in ((0, 0, [0, 3]), (1, 0, [1, 2]), (0, 1, [2, 1]))]
+    with packed_adapters(backbone, [tiny.state, other], adapter) as adapters:
+        # Dropout of the backbone itself would be drawn for all together; packs refuse it.
+        packed = PackedModel(backbone, adapters).eval()
+        token_U, balance_U = packed(pack_batch(units, store), [0] * len(units))
+    for unit, token, balance in zip(units, token_U, balance_U, strict=True):
+        state = (tiny.state, other)[unit.place]
+        model = insert_adapters(backbone, state, adapter)
+        scored = ScoredModel(model, 1.0).eval()
+        batch = collate([rows[row] for row in unit.rows], [prompt] * 2, 0)
+        expected, _ = scored(batch)
+        torch.testing.assert_close(token, expected.sum(), atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(balance, balance_loss(model).sum(), atol=1e-5, rtol=1e-5)
+        remove_adapters(model)
+
+
+def test_packs_refuse_a_backbone_with_dropout_of_its_own(tiny: Tiny) -> None:
+    backbone = tiny.load()
+    if tiny.family == "opt":
+        with pytest.raises(FedamoleError, match=r"dropout of its own \(0.1\).*must be 1"):
+            _check_no_dropout(backbone, tiny.family)
+    else:
+        _check_no_dropout(backbone, tiny.family)

@@ -22,7 +22,7 @@ def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
         (1.16, False, True),
         (0.5, False, False),
         (0.9, True, False),
-        (0.86, True, True),
+        (0.84, True, True),
         (2.0, True, False),
     ],
 )

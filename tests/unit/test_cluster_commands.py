@@ -18,7 +18,7 @@ import yaml
 
 from fedamole import head, launching, owner, slurm
 from fedamole.cli import clients, main
-from fedamole.errors import FedamoleError
+from fedamole.errors import ClientError, FedamoleError
 from fedamole.progress import RoundProgress, read_progress
 from fedamole.snakemake_profile import read_profile, unquoted
 
@@ -320,3 +320,54 @@ def test_workers_get_their_own_number_of_threads(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
     found = launching._environment(launching.Layout(lanes=4, cpu_threads=2), "here")
     assert {found[f"{name}_NUM_THREADS"] for name in ("OMP", "MKL", "OPENBLAS")} == {"2"}
+
+
+def turns_of(progress: RoundProgress, monkeypatch: pytest.MonkeyPatch) -> clients._Turns:
+    monkeypatch.setenv("RANK", "0")
+    job = SimpleNamespace(progress=progress, layout=launching.Layout())
+    return clients._Turns(cast(Any, job), [0, 1, 2])
+
+
+def test_what_fails_for_a_whole_pack_is_the_try_of_no_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a quorum clients that fail twice drop out: not for what another has done."""
+    progress = RoundProgress(tmp_path, "train")
+    for _ in range(3):
+        turns = turns_of(progress, monkeypatch)
+        with turns, turns.of_all():
+            raise RuntimeError("out of memory")
+        assert turns.waiting() == []
+    found = read_progress(tmp_path)
+    assert [(item.state, item.error) for item in found] == [
+        ("failed", "RuntimeError: out of memory")
+    ] * 3
+    assert [progress.attempts(client) for client in (0, 1, 2)] == [0, 0, 0]
+
+
+def test_only_the_client_whose_turn_it_is_loses_a_try_to_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = RoundProgress(tmp_path, "train")
+    turns = turns_of(progress, monkeypatch)
+    with turns.of(0):
+        pass
+    # Killed: nothing is said any more.
+    left = turns.of(1)
+    left.__enter__()
+    assert [item.state for item in read_progress(tmp_path)] == ["done", "running", "running"]
+    assert [progress.attempts(client) for client in (0, 1, 2)] == [0, 1, 0]
+
+
+def test_the_error_of_a_client_of_a_pack_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = RoundProgress(tmp_path, "train")
+    turns = turns_of(progress, monkeypatch)
+    with turns:
+        for client in turns.waiting():
+            with turns.of(client):
+                if client == 1:
+                    raise ClientError("it diverged")
+    assert [item.state for item in read_progress(tmp_path)] == ["done", "failed", "done"]
+    assert [progress.attempts(client) for client in (0, 1, 2)] == [0, 1, 0]

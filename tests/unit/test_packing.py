@@ -1,6 +1,6 @@
 """Packed clients: the numbers of separate training, whoever trains beside them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from fedamole.methods import load
 from fedamole.packed_layer import packed_adapters
 from fedamole.packing import (
     PackedModel,
-    Unit,
     clip_by_client,
     layer_seeds,
+    make_unit,
     pack_batch,
     plan_passes,
 )
@@ -141,6 +141,8 @@ def test_any_mix_of_experts_trains_as_alone(
     assert len(held) > 1, "clients hold equally many experts, which shows nothing of the padding"
     for one, other in zip(packed, alone, strict=True):
         assert_close(one.upload.state, other.upload.state)
+        for name, tokens in one.upload.tokens.items():
+            np.testing.assert_array_equal(tokens, other.upload.tokens[name])
 
 
 def test_equal_packs_give_equal_bits(federation: Federation, tmp_path: Path) -> None:
@@ -195,15 +197,17 @@ def test_layers_draw_the_seeds_that_they_draw_alone() -> None:
     assert layer_seeds(7, 60) == alone
 
 
-def kept_bytes(session: ClientSession, starts: dict[int, Any], rows: list[np.ndarray]) -> int:
+def kept_bytes(
+    session: ClientSession,
+    starts: dict[int, Any],
+    rows: list[np.ndarray],
+    places: Sequence[int] = (0, 1, 2),
+) -> int:
     """Bytes that autograd keeps of one pass over these rows of each client."""
     states = [start.state for start in starts.values()]
     store, backbone = session.store, session.backbone()
     weights = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
-    units = [
-        Unit(place, 0, mine, max(len(store.ids(row)) for row in mine))
-        for place, mine in enumerate(rows)
-    ]
+    units = [make_unit(place, 0, mine, store) for place, mine in zip(places, rows, strict=True)]
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -214,9 +218,21 @@ def kept_bytes(session: ClientSession, starts: dict[int, Any], rows: list[np.nda
         weights |= {p.untyped_storage().data_ptr() for p in adapters.parameters()}
         model = PackedModel(backbone, adapters).train()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            outputs = model(pack_batch(units, store), [0] * len(units), session.device)
+            outputs = model(pack_batch(units, store), [0] * len(units))
         assert outputs
         return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+
+
+def test_a_pass_keeps_no_copies_of_adapters(federation: Federation, tmp_path: Path) -> None:
+    """Also where its units are not one of each client in order."""
+    session = federation.session("fedamole", **packs())
+    starts = start_pack(session, federation, tmp_path / "states")
+    store = session.store
+    rows = [store.clients[0].train[:1]] * len(starts)
+    in_order = kept_bytes(session, starts, rows)
+    reversed_ = kept_bytes(session, dict(reversed(starts.items())), rows, places=[2, 1, 0])
+    # The numbers of the clients themselves, and nothing that grows with the experts.
+    assert reversed_ - in_order < 200
 
 
 def test_a_pass_keeps_what_the_memory_of_a_pack_allows(
@@ -351,5 +367,19 @@ def test_ranks_of_a_packed_run_are_none_of_its_settings(federation: Federation) 
     assert one == two
     assert federation.stage("fedamole", training={"batch_size": 1}) != one
     plain = {"batch_size": 2, "ranks": 2}
-    unpacked = federation.stage("fml", training=plain)
-    assert federation.stage("fml", training=plain | {"pack_clients": 2}) == unpacked
+    for run in ("fml", "zero-shot"):
+        unpacked = federation.stage(run, training=plain)
+        assert federation.stage(run, training=plain | {"pack_clients": 2}) == unpacked
+    # A model that is only tested needs no batch that its ranks can share.
+    federation.stage("zero-shot", training={"batch_size": 1, "ranks": 2, "pack_clients": 2})
+
+
+def test_deepspeed_is_no_setting_of_a_packed_run(federation: Federation) -> None:
+    one, two = (
+        federation.stage(
+            "fedamole",
+            training={"pack_clients": 2, "deepspeed": {"zero_optimization": {"stage": stage}}},
+        )
+        for stage in (1, 2)
+    )
+    assert one == two
