@@ -11,7 +11,14 @@ from fedamole.cli.study import Study, read_benchmarks, read_config, read_study
 from fedamole.config import Config
 from fedamole.participation import Participation
 from fedamole.planning.contents import EMBEDDING, contents_of, virtual_tokens
-from fedamole.planning.memory import MARGIN, ZeRO, gpu_memory, job_memory_mb, zero_of
+from fedamole.planning.memory import (
+    MARGIN,
+    ZeRO,
+    gpu_memory,
+    job_memory_mb,
+    packed_clients,
+    zero_of,
+)
 from fedamole.planning.model_size import ModelSize
 from fedamole.planning.times import (
     LIGHT_JOB_S,
@@ -205,10 +212,9 @@ def _gpu(config: Config, size: ModelSize) -> list[str]:
         rows.append((zero, *(f"{part / GIB:.2f}" for part in parts), mark))
     parts_of = ("weights", "adapters", "training", "checkpointed", "testing", "other", "peak")
     if_any = "" if config.execution.gpus else ", if it ran on GPUs"
-    title = (
-        f"Peak memory of a GPU in GiB{if_any}: {config.training.ranks} to a client, sequences of "
-        "max_length"
-    )
+    packed = packed_clients(config)
+    use = f"{config.training.ranks} to a client" if packed == 1 else f"packs of {packed} clients"
+    title = f"Peak memory of a GPU in GiB{if_any}: {use}, sequences of max_length"
     return [title, *table(rows, ("ZeRO", *parts_of, ""))]
 
 
