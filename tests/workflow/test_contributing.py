@@ -1,5 +1,6 @@
 """The method that CONTRIBUTING.md adds, added to a copy of the package and run."""
 
+import csv
 import os
 import re
 import shutil
@@ -29,7 +30,7 @@ def test_the_method_of_the_worked_example_runs(tmp_path: Path) -> None:
     study.environment = {"PYTHONPATH": os.pathsep.join(paths)}
     study.run()
 
-    rows = (study.results / "tables/main.csv").read_text().splitlines()[1:]
-    losses = {row.split(",")[2]: row.split(",")[6] for row in rows}
+    with (study.results / "tables/main.csv").open() as file:
+        losses = {row["method"]: row["eval_loss_mean"] for row in csv.DictReader(file)}
     assert set(losses) == set(methods)
     assert len(set(losses.values())) == 3
