@@ -84,7 +84,7 @@ class Case:
 def cases(quick: bool) -> list[Case]:
     """What is measured on this machine."""
     if torch.cuda.is_available():
-        sizes = [10] if quick else [2, 5, 10, 20]
+        sizes = [10] if quick else [2, 5, 10, 20, 40]
         return [
             Case(
                 "1B shape, bf16", LLAMA_1B, "bfloat16", k, (100, 400), 10, 4.0 if k == 10 else None
@@ -94,10 +94,8 @@ def cases(quick: bool) -> list[Case]:
     if quick:
         small = {**SMOLLM2, "num_hidden_layers": 4}
         return [Case("4 layers of SmolLM2", small, "float32", 6, (32, 96), 2, 1.0)]
-    return [
-        Case("SmolLM2 shape", SMOLLM2, "float32", 10, (128, 128), 2, 1.0),
-        Case("SmolLM2 shape", SMOLLM2, "float32", 10, (32, 192), 2, 1.0),
-    ]
+    sizes = [(2, (32, 192)), (5, (32, 192)), (10, (32, 192)), (10, (128, 128))]
+    return [Case("SmolLM2 shape", SMOLLM2, "float32", *size, 2, 1.0) for size in sizes]
 
 
 def make_store(case: Case) -> TokenStore:
@@ -219,7 +217,7 @@ def measure(quick: bool) -> list[Claim]:
     """All claims."""
     torch.set_num_threads(1)
     with distributed.process_group(Layout()):
-        return [measure_case(case, 3 if quick else 5) for case in cases(quick)]
+        return [measure_case(case, repeats=3) for case in cases(quick)]
 
 
 def main() -> None:
