@@ -119,12 +119,12 @@ def slow_study(folder: Path, partition: str = "main", **changes: Any) -> Cluster
     """A study of one round whose training takes some seconds per client."""
     config = {**SMOKE, **SLOW, "results": "results", **changes}
     folder.mkdir()
-    return ClusterStudy(folder, config, partition)
+    return ClusterStudy(folder, config, partition=partition)
 
 
 def smoke_study(folder: Path, partition: str = "main", **changes: Any) -> ClusterStudy:
     """The smoke study for the cluster."""
-    return ClusterStudy(folder, new_study(folder, **changes).config, partition)
+    return ClusterStudy(folder, new_study(folder, **changes).config, partition=partition)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
