@@ -146,7 +146,7 @@ def test_a_head_that_is_killed(tmp_path: Path, undisturbed: Study) -> None:
 def test_a_job_over_its_time_limit(tmp_path: Path, undisturbed: Study) -> None:
     # SLURM counts in whole minutes; a client takes about a third of one.
     study = slow_study(tmp_path / "study", execution={"runtime": 1})
-    study.config["training"] = {**study.config["training"], "steps": 2400}
+    study.config["training"] = {**study.config["training"], "steps": 1800}
     local = Study(tmp_path / "local", {**study.config})
     local.folder.mkdir()
     process = study.start()
