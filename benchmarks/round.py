@@ -2,7 +2,8 @@
 
 A job imports its libraries once, maps the backbone once, and then puts one client after another
 into it. The share is that of all this in the CPU time of a round at the size of a small replica of
-the paper: SmolLM2-135M, thirty steps a client. Steps are measured on few and counted as thirty.
+the paper: SmolLM2-135M, thirty steps a client; the time of a step is that by which more steps take
+longer.
 
     python benchmarks/round.py [--quick]
 """
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from packing import SMOLLM2, Case, make_backbone, make_session, states_of
 from fedamole import distributed
 from fedamole.client import Start, locally_trained
 from fedamole.launching import Layout
+from fedamole.targets import BackboneFacts
 
 STEPS = 30
 IMPORTS = "import time; from fedamole import client; print(time.process_time())"
@@ -35,6 +38,20 @@ def import_seconds() -> float:
     return float(done.stdout.split()[-1])
 
 
+def client_seconds(case: Case, folder: Path, facts: BackboneFacts) -> tuple[float, float]:
+    """CPU seconds of loading the backbone, and of all clients one after another."""
+    began = time.process_time()
+    session = make_session(case, folder, pack=1)
+    session.backbone()
+    loading = time.process_time() - began
+    states = states_of(session, facts, folder)
+    began = time.process_time()
+    for client, state in states.items():
+        with locally_trained(session, client, 1, Start(state, with_embedding_set=False)):
+            pass
+    return loading, time.process_time() - began
+
+
 def shares(case: Case, repeats: int) -> np.ndarray:
     """Part of the CPU time of a round that is neither training nor testing."""
     found = []
@@ -42,19 +59,12 @@ def shares(case: Case, repeats: int) -> np.ndarray:
         folder = Path(name)
         facts = make_backbone(case, folder)
         for _ in range(repeats):
-            began = time.process_time()
-            session = make_session(case, folder, pack=1)
-            session.backbone()
-            loading = time.process_time() - began
-            switching, training = [], []
-            for client, state in states_of(session, facts, folder).items():
-                began = time.process_time()
-                with locally_trained(session, client, 1, Start(state, False)) as trained:
-                    pass
-                switching.append(time.process_time() - began - trained.record.seconds)
-                training.append(trained.record.seconds / case.steps)
-            beside = import_seconds() + loading + sum(switching)
-            found.append(beside / (beside + STEPS * sum(training)))
+            loading, few = client_seconds(case, folder, facts)
+            _, more = client_seconds(replace(case, steps=3 * case.steps), folder, facts)
+            # What does not grow with the steps is start and end of the clients' turns.
+            step = (more - few) / (2 * case.steps)
+            beside = import_seconds() + loading + few - case.steps * step
+            found.append(beside / (beside + STEPS * step))
     return np.array(found)
 
 
