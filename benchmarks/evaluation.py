@@ -200,7 +200,6 @@ def measure_generation(layers: int | None, count: int, longest: int, repeats: in
             seconds[name] / seconds["refilled"],
             target=target,
             larger_is_better=True,
-            guarded=True,
         )
         # Short answers leave most of the time to the prompts, where batches save little.
         for name, target in (("alone", None if layers else 3.0), ("in batches", None))
