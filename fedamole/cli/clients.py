@@ -26,7 +26,7 @@ from fedamole.stages import ClientStage, digest, with_quorum
 
 if TYPE_CHECKING:
     from fedamole.client import ClientReport, ClientSession
-    from fedamole.pools import Assignment, KeptState
+    from fedamole.pools import Assignment, ClientState, KeptState
 
 logger = logging.getLogger(__name__)
 # Longest time for which a file written on one node may be invisible on another.
@@ -183,10 +183,12 @@ def run_train_clients(args: argparse.Namespace) -> None:
     assignment = _read_assignment(args.assignment, args.round, run_digest)
     method = load(settings.run.run)
 
-    def train(session: "ClientSession", client: int, paths: list[Path]) -> None:
+    def held(client: int) -> "tuple[ClientState, KeptState | None]":
         state = read_client_state(args.pool, assignment, client, run_digest)
-        kept = _read_kept(job, client)
-        result = method.train_client(session, client, args.round, state, kept)
+        return state, _read_kept(job, client)
+
+    def train(session: "ClientSession", client: int, paths: list[Path]) -> None:
+        result = method.train_client(session, client, args.round, *held(client))
         if not _is_first_rank():
             return
         write_upload(paths[0], job.header(paths[0]), result.upload)
@@ -199,11 +201,7 @@ def run_train_clients(args: argparse.Namespace) -> None:
         from fedamole.client import train_packed
 
         assert method.start is not None, f"{settings.run.run} cannot be packed"
-        starts = {}
-        for client in clients:
-            state = read_client_state(args.pool, assignment, client, run_digest)
-            kept = _read_kept(job, client)
-            starts[client] = method.start(session, client, args.round, state, kept)
+        starts = {k: method.start(session, k, args.round, *held(k)) for k in clients}
         train_packed(session, args.round, starts)
 
     _run(job, train, train_pack if settings.run.training.pack_clients > 1 else None)

@@ -54,7 +54,11 @@ def run_aggregate(args: argparse.Namespace) -> None:
     label = f"{settings.label} round {assignment.round}"
     reported = [path for path in args.uploads if not _dropped_out(path, run_digest, label)]
     parts = cut({name: len(names) for name, names in modules.items()}, sizes, PART_BYTES)
-    averaged = (_average(args, settings, assignment, reported, part) for part in parts)
+    current = with_quorum(settings, args.quorum)
+    _keep_freed_memory()
+    averaged = (
+        _average(args.pool, run_digest, current, assignment, reported, part) for part in parts
+    )
     parents = {"pool": sha256(args.pool), "assignment": sha256(args.assignment)}
     parents |= {f"upload_{i:04}": sha256(path) for i, path in enumerate(args.uploads)}
     write_parts(args.out_pool, Header("pool", run_digest, parents), modules, averaged)
@@ -62,24 +66,22 @@ def run_aggregate(args: argparse.Namespace) -> None:
 
 
 def _average(
-    args: argparse.Namespace,
-    settings: RunStage,
+    pool: Path,
+    run_digest: str,
+    current: RunStage,
     assignment: "Assignment",
     uploads: list[Path],
     part: "Part",
 ) -> "Pool":
-    """Average some modules."""
+    """Average some modules, under the quorum that holds now."""
     from fedamole.methods import load
     from fedamole.pool_files import read_pool
     from fedamole.pool_parts import assignment_of
 
-    run_digest = digest(settings)
-    _keep_freed_memory()
-    previous = read_pool(args.pool, run_digest, part)
+    previous = read_pool(pool, run_digest, part)
     own = assignment_of(assignment, previous.modules)
     reported = _uploads(uploads, run_digest, part)
-    current = with_quorum(settings, args.quorum)
-    return load(settings.run).aggregate(current, previous, own, reported)
+    return load(current.run).aggregate(current, previous, own, reported)
 
 
 def _keep_freed_memory() -> None:

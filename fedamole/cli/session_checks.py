@@ -47,11 +47,11 @@ def check_session(
 
 def prompt_length(run: RunStage, pool: Path) -> int:
     """Virtual tokens of a run, as its pool has them; 0 for a run without a soft prompt."""
+    if not RUNS[run.run].depends_on("prompt"):
+        return 0
     from fedamole.methods.soft_prompts import EMBEDDING, PROMPT
     from fedamole.pool_files import read_client_state
 
-    if not RUNS[run.run].depends_on("prompt"):
-        return 0
     state = read_client_state(pool, None, 0, digest(run))
     return int(state.groups[PROMPT].shared[EMBEDDING].shape[1])
 
