@@ -15,33 +15,64 @@ container: "workflow/envs/fedamole.sif"
 
 
 include: "workflow/rules/common.smk"
-include: "workflow/rules/cluster.smk"
-include: "workflow/rules/data.smk"
-include: "workflow/rules/rounds.smk"
-include: "workflow/rules/evaluation.smk"
+
+
+if CACHED:
+    # Nothing that could train is known then.
+    MANIFESTS = []
+
+else:
+
+    include: "workflow/rules/cluster.smk"
+    include: "workflow/rules/data.smk"
+    include: "workflow/rules/rounds.smk"
+    include: "workflow/rules/evaluation.smk"
+
+    MANIFESTS = [MANIFEST]
+
+    # A SLURM job costs more than these do: they run beside Snakemake itself.
+    localrules:
+        prepare_backbone,
+        partition,
+        tokenize,
+        init_server,
+        aggregate,
+        assign,
+        gather,
+        write_manifest,
+
+
 include: "workflow/rules/tables.smk"
 
 
 report: "workflow/report/workflow.rst"
 
 
-# A SLURM job costs more than these do: they run beside Snakemake itself.
 localrules:
     all,
-    prepare_backbone,
-    partition,
-    tokenize,
-    init_server,
-    aggregate,
-    assign,
-    gather,
+    paper,
     tables,
-    figures,
+    draw_tables,
+    draw_figures,
 
 
 rule all:
-    """Everything the config asks for: tables and figures."""
+    """Everything the config asks for: tables, figures, and the list of what they were made from."""
     default_target: True
+    input:
+        TABLES,
+        FIGURES,
+        MANIFESTS,
+
+
+rule paper:
+    """The same, by the name that the configs of the paper go by."""
+    input:
+        rules.all.input,
+
+
+rule tables:
+    """Tables and figures, without the manifest."""
     input:
         TABLES,
         FIGURES,

@@ -1,13 +1,16 @@
 """A config file: a whole study, validated before anything runs (torch-free)."""
 
+import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from fedamole import sweeps
 from fedamole.backbone_limits import check_length
 from fedamole.errors import FedamoleError, did_you_mean
 from fedamole.mistakes import explain
@@ -35,6 +38,31 @@ from fedamole.settings import (
 SectionT = TypeVar("SectionT", bound=Section)
 
 
+@dataclass(frozen=True)
+class Point:
+    """A column of the tables: a scenario of the config, under one combination of a sweep.
+
+    Attributes
+    ----------
+    scenario
+        The population, under the name of the column.
+    data
+        The population whose split and tokens it uses, under the name that these have.
+    base
+        Name of the scenario of the config.
+    values
+        What the sweep sets; empty without one.
+    config
+        The settings that hold here.
+    """
+
+    scenario: ScenarioSettings
+    data: ScenarioSettings
+    base: str
+    values: sweeps.Values
+    config: "Config"
+
+
 class Config(Section):
     """A whole study: scenarios x seeds x methods over one backbone."""
 
@@ -50,6 +78,9 @@ class Config(Section):
     """The federated populations."""
     methods: list[str] = Field(min_length=1)
     """Rows of the tables."""
+    sweep: dict[str, list[Any]] = {}
+    """Settings that vary, one or two, by their paths, such as training.learning_rate or
+    scenarios.clients, each with its values. Every combination makes a column of every scenario."""
     adapter: AdapterSettings = AdapterSettings()
     """The trainable part."""
     assignment: AssignmentSettings = AssignmentSettings()
@@ -74,6 +105,16 @@ class Config(Section):
     """Tables and figures."""
     execution: ExecutionSettings = ExecutionSettings()
     """Jobs."""
+    mode: Literal["train", "cached"] = "train"
+    """`cached` draws tables and figures from metrics that are there already: no rule that trains,
+    or reads a model or data, exists then."""
+    cache: str | None = None
+    """Folder with the metrics that `cached` reads; default: metrics in the results folder."""
+    stale: Literal["refuse", "accept"] = "refuse"
+    """What `cached` does with metrics of an older version of the code."""
+    base: str | None = None
+    """Config file that this one adds to, as a path beside it: sections are merged setting by
+    setting, lists and everything else replaced."""
 
     @field_validator("results")
     @classmethod
@@ -220,12 +261,97 @@ class Config(Section):
             return None
         return f"privacy: {what}; leave it out (methods: {', '.join(self.methods)})"
 
-    def scenario_seeds(self) -> dict[str, tuple[ScenarioSettings, int]]:
-        """Map the slug of every (scenario, seed) to both, in config order."""
+    @model_validator(mode="after")
+    def _points_are_possible(self) -> "Config":
+        if not self.sweep:
+            return self
+        try:
+            sweeps.check(self.sweep)
+            _ = self.points
+        except FedamoleError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def model_copy(
+        self, *, update: Mapping[str, Any] | None = None, deep: bool = False
+    ) -> "Config":
+        """A copy, with other settings; it works out its points anew."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in ("points", "_slugs"):
+            copied.__dict__.pop(name, None)
+        return copied
+
+    @functools.cached_property
+    def points(self) -> dict[str, Point]:
+        """Map the name of every column to its point, scenario by scenario.
+
+        Raises
+        ------
+        FedamoleError
+            If two points have one name, or the settings of one are impossible.
+        """
+        found: dict[str, Point] = {}
+        for scenario in self.scenarios:
+            for values in sweeps.points(self.sweep):
+                point = self._point(scenario, values) if values else self._only_point(scenario)
+                name = point.scenario.slug
+                if name in found:
+                    raise FedamoleError(
+                        f"sweep: two columns would be called {name!r}; give the scenarios names"
+                    )
+                found[name] = point
+        return found
+
+    def _only_point(self, scenario: ScenarioSettings) -> Point:
+        """The point of a scenario without a sweep."""
+        return Point(scenario, scenario, scenario.slug, {}, self)
+
+    def _point(self, scenario: ScenarioSettings, values: sweeps.Values) -> Point:
+        """The point of a scenario under some values."""
+        own, others = sweeps.split(values)
+        where = "sweep: " + ", ".join(
+            f"{key} {sweeps.shown(value)}" for key, value in values.items()
+        )
+        data = parse(ScenarioSettings, sweeps.changed(_given(scenario), _below(own)), where)
+        if data.slug == scenario.slug:
+            data = _renamed(data, own)
+        settings = sweeps.changed(_given(self), others) | {"sweep": {}, "scenarios": [_given(data)]}
+        config = parse(Config, settings, where)
+        return Point(_renamed(data, others), data, scenario.slug, values, config)
+
+    def at(self, slug: str) -> "Config":
+        """The settings that hold in a scenario slug (with the seed)."""
+        return self._slugs[slug][0].config
+
+    def variants(self) -> "list[Config]":
+        """The settings that hold somewhere: one without a sweep, else one per combination."""
+        found = {str(point.values): point.config for point in self.points.values()}
+        return list(found.values())
+
+    def data_slug(self, slug: str) -> str:
+        """Slug of the population whose split and tokens a scenario slug uses."""
+        if slug not in self._slugs:
+            return slug  # It is one itself.
+        point, seed = self._slugs[slug]
+        return point.data.seeded_slug(seed)
+
+    @functools.cached_property
+    def _slugs(self) -> dict[str, tuple[Point, int]]:
+        """Map every scenario slug to its point and seed."""
         return {
-            scenario.seeded_slug(seed): (scenario, seed)
-            for scenario in self.scenarios
+            point.scenario.seeded_slug(seed): (point, seed)
+            for point in self.points.values()
             for seed in self.seeds
+        }
+
+    def scenario_seeds(self) -> dict[str, tuple[ScenarioSettings, int]]:
+        """Map the slug of every (column, seed) to the population and the seed, in config order."""
+        return {slug: (point.scenario, seed) for slug, (point, seed) in self._slugs.items()}
+
+    def data_seeds(self) -> dict[str, tuple[ScenarioSettings, int]]:
+        """Map the slug of every (population, seed) to both: what is split and tokenised, once."""
+        return {
+            point.data.seeded_slug(seed): (point.data, seed) for point, seed in self._slugs.values()
         }
 
     def runs(self) -> list[str]:
@@ -233,7 +359,12 @@ class Config(Section):
         return list(dict.fromkeys(lookup(method).run for method in self.methods))
 
 
-def load_config(raw: Mapping[str, Any], library: Path, origin: str = "config") -> Config:
+_PUBLISHED = ("tables", "published", "paper")
+
+
+def load_config(
+    raw: Mapping[str, Any], library: Path, origin: str = "config", beside: Sequence[Path] = ()
+) -> Config:
     """Validate a config and put the files it names in their places.
 
     Parameters
@@ -244,6 +375,8 @@ def load_config(raw: Mapping[str, Any], library: Path, origin: str = "config") -
         Folder with ``datasets/``, ``models/`` and ``deepspeed/``, where names are looked up.
     origin
         What to call the config in an error.
+    beside
+        Folders in which its base file is looked for, besides the current one.
 
     Raises
     ------
@@ -252,7 +385,7 @@ def load_config(raw: Mapping[str, Any], library: Path, origin: str = "config") -
     """
     if not isinstance(raw, Mapping):
         raise FedamoleError(f"{origin}: holds no settings; a mapping of names to values is needed")
-    data = _plain(raw)
+    data = with_base(_plain(raw), beside, origin)
     if "backbone" in data:
         data["backbone"] = _named(data["backbone"], library / "models", "backbone", origin)
     scenarios = data.get("scenarios")
@@ -262,12 +395,56 @@ def load_config(raw: Mapping[str, Any], library: Path, origin: str = "config") -
             scenario["dataset"] = _named(
                 scenario.get("dataset"), library / "datasets", where, origin
             )
-    training = data.get("training")
-    if isinstance(training, dict) and "deepspeed" in training:
-        training["deepspeed"] = _named(
-            training["deepspeed"], library / "deepspeed", "training: deepspeed", origin
-        )
+    for section, key, folder in (
+        ("training", "deepspeed", "deepspeed"),
+        ("tables", "published", "paper"),
+    ):
+        part = data.get(section)
+        if isinstance(part, dict) and key in part:
+            part[key] = _named(part[key], library / folder, f"{section}: {key}", origin)
     return parse(Config, data, origin)
+
+
+def with_base(
+    data: Mapping[str, Any], beside: Sequence[Path], origin: str, seen: tuple[Path, ...] = ()
+) -> dict[str, Any]:
+    """Add a config to the file that it names as its base, and that to its own, if it has one.
+
+    Raises
+    ------
+    FedamoleError
+        If there is no such file, it is no mapping, or a file is its own base.
+    """
+    name = data.get("base")
+    if name is None:
+        return dict(data)
+    if not isinstance(name, str):
+        raise FedamoleError(f"{origin}: base: {name!r} must be the path of a config file")
+    places = [folder / name for folder in (*beside, Path())]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        looked = ", ".join(dict.fromkeys(map(str, places)))
+        raise FedamoleError(f"{origin}: base: there is no file {name!r}; looked for {looked}")
+    if path.resolve() in seen:
+        raise FedamoleError(f"{path}: base: the file is a base of itself")
+    below = read_yaml(path)
+    if not isinstance(below, Mapping):
+        raise FedamoleError(f"{path}: holds no settings; a mapping of names to values is needed")
+    lower = with_base(_plain(below), [path.parent], str(path), (*seen, path.resolve()))
+    return _merged(lower, {key: value for key, value in data.items() if key != "base"})
+
+
+def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the settings of one mapping over those of another, section by section."""
+    result = dict(lower)
+    for key, value in upper.items():
+        below = result.get(key)
+        # A sweep is one thing: the settings of another must not stay in it.
+        if isinstance(below, Mapping) and isinstance(value, Mapping) and key != "sweep":
+            result[key] = _merged(below, value)
+        else:
+            result[key] = value
+    return result
 
 
 def load_named(section: type[SectionT], value: Any, folder: Path, what: str) -> SectionT:
@@ -374,6 +551,23 @@ def _named(value: Any, folder: Path, what: str, origin: str) -> Any:
             f"{origin}: {what} {value!r}: there is no such file, seen from {Path.cwd()}"
         )
     return _plain(read_yaml(path))
+
+
+def _renamed(scenario: ScenarioSettings, values: sweeps.Values) -> ScenarioSettings:
+    """The same population under a name that says some values; under its own if there are none."""
+    tags = [sweeps.tag(key, value) for key, value in values.items()]
+    name = "-".join([scenario.slug, *tags])
+    return scenario.model_copy(update={"name": name}) if tags else scenario
+
+
+def _given(section: Section) -> dict[str, Any]:
+    """What was set in a section, as plain data."""
+    return section.model_dump(mode="json", exclude_unset=True)
+
+
+def _below(values: sweeps.Values) -> sweeps.Values:
+    """Paths without their first part."""
+    return {key.partition(".")[2]: value for key, value in values.items()}
 
 
 def _key(key: Any) -> str:

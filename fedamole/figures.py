@@ -15,10 +15,28 @@ from matplotlib.figure import Figure
 
 from fedamole.drawing import draw_assignment, draw_classes, draw_experts, draw_rounds
 from fedamole.figure_data import Rows, assignment_rows, classes_rows, experts_rows, rounds_rows
-from fedamole.results import Metrics, csv_text, with_experts
+from fedamole.results import (
+    FIGURE_FORMATS,
+    Metrics,
+    Run,
+    csv_text,
+    figure_kinds,
+    figures_of,
+    slugs_of,
+    with_experts,
+)
+from fedamole.settings.output import FigureName
 from fedamole.stages import ResultsStage
 
+RowsOf = Callable[[Metrics, ResultsStage], Iterator[Rows]]
+
 PNG_DOTS_PER_INCH = 200
+# What a format says of when and by what it was made.
+_DATED = {
+    "svg": ("Date", "Creator"),
+    "pdf": ("CreationDate", "Creator", "Producer"),
+    "png": ("Software",),
+}
 
 STYLE: dict[str, Any] = {
     "font.size": 7,
@@ -56,15 +74,11 @@ def figure_files(metrics: Metrics, settings: ResultsStage) -> Iterator[tuple[str
     tuple[str, bytes]
         File name (:func:`fedamole.results.figure_names`, in that order) and content.
     """
-    yield from _files("rounds", rounds_rows(metrics, settings), draw_rounds)
-    for slug in [slug for slugs in settings.scenarios.values() for slug in slugs]:
-        # The partition is the same for all methods; read_metrics made sure.
-        partition = classes_rows(metrics.run(slug, settings.methods[0]))
-        yield from _files(f"{slug}-classes", partition, draw_classes)
-        for method in with_experts(settings):
-            run = metrics.run(slug, method)
-            yield from _files(f"{slug}-{method}-experts", experts_rows(run), draw_experts)
-            yield from _files(f"{slug}-{method}-assignment", assignment_rows(run), draw_assignment)
+    for kind in figure_kinds(settings):
+        rows_of, draw = DRAWN[kind]
+        names = figures_of(kind, settings)
+        for name, rows in zip(names, rows_of(metrics, settings), strict=True):
+            yield from _files(name, rows, draw)
 
 
 def _files(name: str, rows: Rows, draw: Callable[[Rows], Figure]) -> Iterator[tuple[str, bytes]]:
@@ -72,15 +86,54 @@ def _files(name: str, rows: Rows, draw: Callable[[Rows], Figure]) -> Iterator[tu
     # "default" first: a matplotlibrc of the user must not change a byte.
     with matplotlib.style.context(["default", STYLE]):
         figure = draw(rows)
-        pictures = {suffix: render(figure, suffix) for suffix in ("svg", "png")}
+        pictures = {suffix: render(figure, suffix) for suffix in FIGURE_FORMATS if suffix != "csv"}
     for suffix, content in pictures.items():
         yield f"{name}.{suffix}", content
     yield f"{name}.csv", csv_text(rows).encode()
 
 
 def render(figure: Figure, suffix: str) -> bytes:
-    """Bytes of a picture, svg or png, without date and version."""
+    """Bytes of a picture, svg, pdf or png, without date and version."""
     stream = io.BytesIO()
-    hidden = {"svg": ("Date", "Creator"), "png": ("Software",)}[suffix]
+    hidden = _DATED[suffix]
     figure.savefig(stream, format=suffix, metadata=dict.fromkeys(hidden))
     return stream.getvalue()
+
+
+def _one_per_slug(rows_of: Callable[[Run], Rows]) -> RowsOf:
+    """Rows of a figure of each scenario slug, the same for all methods."""
+
+    def of_study(metrics: Metrics, settings: ResultsStage) -> Iterator[Rows]:
+        for slug in slugs_of(settings):
+            yield rows_of(metrics.run(slug, settings.methods[0]))
+
+    return of_study
+
+
+def _one_per_run(rows_of: Callable[[Run], Rows]) -> RowsOf:
+    """Rows of a figure of each scenario slug and method with experts."""
+
+    def of_study(metrics: Metrics, settings: ResultsStage) -> Iterator[Rows]:
+        for slug in slugs_of(settings):
+            for method in with_experts(settings):
+                yield rows_of(metrics.run(slug, method))
+
+    return of_study
+
+
+def _one(rows_of: Callable[[Metrics, ResultsStage], Rows]) -> RowsOf:
+    """Rows of the one figure of a study."""
+
+    def of_study(metrics: Metrics, settings: ResultsStage) -> Iterator[Rows]:
+        yield rows_of(metrics, settings)
+
+    return of_study
+
+
+# Kind -> the rows of its figures, in the order of their names, and how they are drawn.
+DRAWN: dict[FigureName, tuple[RowsOf, Callable[[Rows], Figure]]] = {
+    "rounds": (_one(rounds_rows), draw_rounds),
+    "classes": (_one_per_slug(classes_rows), draw_classes),
+    "experts": (_one_per_run(experts_rows), draw_experts),
+    "assignment": (_one_per_run(assignment_rows), draw_assignment),
+}

@@ -25,32 +25,70 @@ from fedamole.records import (
     RunRecord,
 )
 from fedamole.registry import lookup
+from fedamole.settings import FIGURE_NAMES, TABLE_NAMES
+from fedamole.settings.output import FigureName, TableName
 from fedamole.stages import ResultsStage
 
 TABLE_FORMATS = ("csv", "md", "tex", "html")
+FIGURE_FORMATS = ("svg", "pdf", "png", "csv")
 
 
 def table_names(settings: ResultsStage) -> list[str]:
     """Names of the files that ``fedamole tables`` writes: each table in all formats."""
-    tables = ["main", "clients", *(["assignments"] if with_experts(settings) else [])]
-    return [f"{table}.{suffix}" for table in tables for suffix in TABLE_FORMATS]
+    return [f"{table}.{suffix}" for table in tables(settings) for suffix in TABLE_FORMATS]
+
+
+def tables(settings: ResultsStage) -> list[TableName]:
+    """Names of the tables: those that the config names, or all that the study has numbers for."""
+    chosen = settings.tables.show
+    return chosen if chosen is not None else [t for t in TABLE_NAMES if _fits(t, settings)]
 
 
 def figure_names(settings: ResultsStage) -> list[str]:
-    """Names of the files that ``fedamole figures`` writes: each figure as svg, png and csv."""
-    return [
-        f"{figure}.{suffix}" for figure in figures(settings) for suffix in ("svg", "png", "csv")
-    ]
+    """Names of the files that ``fedamole figures`` writes: each figure in all formats."""
+    return [f"{figure}.{suffix}" for figure in figures(settings) for suffix in FIGURE_FORMATS]
 
 
 def figures(settings: ResultsStage) -> list[str]:
-    """Names of the figures, without suffix."""
-    names = ["rounds"]
-    for scenario in [slug for slugs in settings.scenarios.values() for slug in slugs]:
-        names.append(f"{scenario}-classes")
-        for method in with_experts(settings):
-            names += [f"{scenario}-{method}-experts", f"{scenario}-{method}-assignment"]
-    return names
+    """Names of the figures, without suffix; some exist once per scenario slug and method."""
+    return [name for kind in figure_kinds(settings) for name in figures_of(kind, settings)]
+
+
+def figure_kinds(settings: ResultsStage) -> list[FigureName]:
+    """Kinds of the figures: those that the config names, or all that the study has numbers for."""
+    chosen = settings.tables.figures
+    return chosen if chosen is not None else [f for f in FIGURE_NAMES if _fits(f, settings)]
+
+
+def figures_of(kind: FigureName, settings: ResultsStage) -> list[str]:
+    """Names of the figures of one kind."""
+    slugs = slugs_of(settings)
+    if kind == "classes":
+        return [f"{slug}-classes" for slug in slugs]
+    if kind in ("experts", "assignment", "routing"):
+        methods = with_experts(settings)
+        return [f"{slug}-{method}-{kind}" for slug in slugs for method in methods]
+    return [kind]
+
+
+def _fits(name: TableName | FigureName, settings: ResultsStage) -> bool:
+    """Whether a study has the numbers for a table or figure, as far as its settings say."""
+    if name in ("assignments", "stability", "experts", "assignment"):
+        return bool(with_experts(settings))
+    if name == "sweep":
+        return bool(settings.sweep)
+    if name == "significance":
+        others = [method for method in settings.methods if method != settings.tables.reference]
+        return settings.tables.reference in settings.methods and bool(others)
+    if name == "published":
+        return settings.tables.published is not None
+    # Costs differ from machine to machine, and old metrics have no map: only where they are asked for.
+    return name not in ("overhead", "routing")
+
+
+def slugs_of(settings: ResultsStage) -> list[str]:
+    """Slugs of all scenarios and seeds, in order."""
+    return [slug for slugs in settings.scenarios.values() for slug in slugs]
 
 
 def with_experts(settings: ResultsStage) -> list[str]:

@@ -7,6 +7,7 @@ made with other settings are thereby recognised, also where Snakemake's own reco
 import hashlib
 import json
 from collections.abc import Iterable
+from typing import Any
 
 from fedamole.config import Config, SectionT
 from fedamole.participation import Participation
@@ -34,7 +35,7 @@ from fedamole.settings import (
 
 # Raised when a change of the code, or of a default, changes what the stage writes. What changes one
 # method only raises the version of its run in the registry.
-VERSIONS = {"backbone": 1, "scenario": 1, "tokens": 1, "run": 2, "client": 2, "results": 2}
+VERSIONS = {"backbone": 1, "scenario": 1, "tokens": 1, "run": 2, "client": 2, "results": 3}
 
 
 class BackboneStage(Section):
@@ -165,6 +166,15 @@ class ClientStage(Section):
     """Testing."""
 
 
+class SweepPoint(Section):
+    """A column of a sweep."""
+
+    base: str
+    """Name of the scenario that the sweep varies."""
+    values: dict[str, Any]
+    """Path of a setting -> its value here."""
+
+
 class ResultsStage(Section):
     """Settings of ``tables`` and ``figures``."""
 
@@ -178,6 +188,8 @@ class ResultsStage(Section):
     """Columns, in order: scenario name -> slugs of its seeds."""
     metrics: dict[str, str]
     """Scenario name -> metric: accuracy or rouge_l."""
+    sweep: dict[str, SweepPoint] = {}
+    """Scenario name -> what a sweep sets there; empty without a sweep."""
     digests: dict[str, dict[str, str]] = {}
     """Slug -> method -> digest of the :class:`ClientStage` that its metrics must come from."""
 
@@ -195,7 +207,7 @@ def backbone_stage(config: Config) -> BackboneStage:
 
 def scenario_stage(config: Config, scenario: str) -> ScenarioStage:
     """Settings of ``partition`` for a scenario slug."""
-    settings, seed = config.scenario_seeds()[scenario]
+    settings, seed = config.data_seeds()[config.data_slug(scenario)]
     return ScenarioStage(version=VERSIONS["scenario"], scenario=settings, seed=seed)
 
 
@@ -213,14 +225,14 @@ def run_stage(config: Config, scenario: str, run: str) -> RunStage:
 
     What a run does not use keeps its default: a change of the assignment reruns no baseline.
     """
-    facts = RUNS[run]
-    adapter = config.adapter if facts.adapts else AdapterSettings()
+    facts, here = RUNS[run], config.at(scenario)
+    adapter = here.adapter if facts.adapts else AdapterSettings()
     if not facts.assigns:
         adapter = AdapterSettings(**adapter.model_dump(exclude={"top_k", "balance_weight"}))
-    training = _training_of(config.training, facts)
+    training = _training_of(here.training, facts)
     privacy = PrivacySettings(
-        embeddings=config.privacy.embeddings if facts.assigns else None,
-        dp_sgd=config.privacy.dp_sgd if facts.trains else None,
+        embeddings=here.privacy.embeddings if facts.assigns else None,
+        dp_sgd=here.privacy.dp_sgd if facts.trains else None,
     )
     return RunStage(
         version=VERSIONS["run"] + facts.version,
@@ -228,12 +240,12 @@ def run_stage(config: Config, scenario: str, run: str) -> RunStage:
         tokens=tokens_stage(config, scenario),
         loading=_part(config.backbone, BackboneLoading),
         adapter=adapter,
-        assignment=config.assignment if facts.assigns else AssignmentSettings(),
-        aggregation=_weighting(config.aggregation, facts),
+        assignment=here.assignment if facts.assigns else AssignmentSettings(),
+        aggregation=_weighting(here.aggregation, facts),
         training=training,
-        participation=_settled_beforehand(config, run),
+        participation=_settled_beforehand(here, run),
         privacy=privacy,
-        **_used(config, facts.uses),
+        **_used(here, facts.uses),
     )
 
 
@@ -327,21 +339,27 @@ def client_stage(config: Config, scenario: str, run: str) -> ClientStage:
     return ClientStage(
         version=VERSIONS["client"],
         run=run_stage(config, scenario, run),
-        evaluation=config.evaluation,
+        evaluation=config.at(scenario).evaluation,
     )
 
 
 def results_stage(config: Config) -> ResultsStage:
     """Settings of ``tables`` and ``figures``."""
+    points = config.points
     return ResultsStage(
         version=VERSIONS["results"],
         tables=config.tables,
         methods=config.methods,
         scenarios={
-            scenario.slug: [scenario.seeded_slug(seed) for seed in config.seeds]
-            for scenario in config.scenarios
+            name: [point.scenario.seeded_slug(seed) for seed in config.seeds]
+            for name, point in points.items()
         },
-        metrics={scenario.slug: scenario.dataset.metric for scenario in config.scenarios},
+        metrics={name: point.scenario.dataset.metric for name, point in points.items()},
+        sweep={
+            name: SweepPoint(base=point.base, values=point.values)
+            for name, point in points.items()
+            if point.values
+        },
         digests={
             slug: {
                 method: digest(client_stage(config, slug, lookup(method).run))

@@ -33,7 +33,8 @@ from fedamole.rendering import (
     markdown,
     over_seeds,
 )
-from fedamole.results import Metrics, csv_text, mean_loss, mean_score, with_experts
+from fedamole.results import Metrics, csv_text, mean_loss, mean_score, slugs_of, tables
+from fedamole.settings.output import TableName
 from fedamole.stages import ResultsStage
 
 
@@ -45,6 +46,14 @@ def table_files(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
     dict[str, str]
         File name (:func:`fedamole.results.table_names`) -> text.
     """
+    files: dict[str, str] = {}
+    for name in tables(settings):
+        files |= RENDERED[name](metrics, settings)
+    return files
+
+
+def _main(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
+    """Render the table of methods and scenarios."""
     scores, losses = score_columns(metrics, settings), loss_columns(metrics, settings)
     blocks = [block for block in (scores, losses, epsilon_columns(metrics, settings)) if block]
     columns = [column for block in blocks for column in block]
@@ -55,7 +64,7 @@ def table_files(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
         for line in note(metrics, settings, slugs, name)
     ]
     texts = [latex(block, reference, decimals) for block in blocks]
-    files = {
+    return {
         "main.html": html_page(
             "Methods and scenarios",
             {"Methods and scenarios": html_table(columns, reference, decimals, notes)},
@@ -63,22 +72,28 @@ def table_files(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
         "main.csv": csv_text(main_rows(metrics, settings)),
         "main.md": markdown(columns, reference, decimals, notes),
         "main.tex": "\n".join(texts) + latex_notes(notes),
-        "clients.csv": csv_text(clients_rows(metrics, settings)),
     }
+
+
+def _clients(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
+    """Render the tables of single clients."""
     clients = clients_columns(metrics, settings) | client_epsilon_columns(metrics, settings)
     remarks = {
         title: note(metrics, settings, [slug], "mean, worst, std")
-        for title, slug in zip(clients, _slugs(settings), strict=False)
+        for title, slug in zip(clients, slugs_of(settings), strict=False)
     }
-    files |= _titled("clients", "Client by client", clients, settings, remarks)
-    if with_experts(settings):
-        measured = measured_assignments(metrics, settings)
-        files["assignments.csv"] = csv_text(assignment_rows(measured, settings))
-        files |= _titled("assignments", "Assignments", assignment_columns(measured), settings)
-    return files
+    files = {"clients.csv": csv_text(clients_rows(metrics, settings))}
+    return files | titled("clients", "Client by client", clients, settings, remarks)
 
 
-def _titled(
+def _assignments(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
+    """Render the tables of assignments."""
+    measured = measured_assignments(metrics, settings)
+    files = {"assignments.csv": csv_text(assignment_rows(measured, settings))}
+    return files | titled("assignments", "Assignments", assignment_columns(measured), settings)
+
+
+def titled(
     name: str,
     heading: str,
     tables: dict[str, list[Column]],
@@ -237,11 +252,6 @@ def _client_columns(scores: dict[str, dict[int, float]], chosen: Collection[int]
     return columns
 
 
-def _slugs(settings: ResultsStage) -> list[str]:
-    """Slugs of all scenarios and seeds, in order."""
-    return [slug for slugs in settings.scenarios.values() for slug in slugs]
-
-
 def _scenarios(settings: ResultsStage) -> list[tuple[str, str]]:
     """Names of the scenarios with their metric."""
     return [(name, settings.metrics[name]) for name in settings.scenarios]
@@ -296,3 +306,10 @@ def clients_rows(metrics: Metrics, settings: ResultsStage) -> list[dict[str, Any
                     private = privacy_fields(metrics, [slug], method, client.client)
                     rows.append({**shared, **client.model_dump(include=fields), **private})
     return rows
+
+
+RENDERED: dict[TableName, Callable[[Metrics, ResultsStage], dict[str, str]]] = {
+    "main": _main,
+    "clients": _clients,
+    "assignments": _assignments,
+}

@@ -144,7 +144,7 @@ def works_of(config: Config) -> list[RunWork]:
 def population_of(config: Config, slug: str, work: RunWork) -> Participation:
     """Who takes part in which round of a run on a scenario slug."""
     stage = run_stage(config, slug, work.run)
-    return with_quorum(stage, quorum_of(config, work.run)).population
+    return with_quorum(stage, quorum_of(config.at(slug), work.run)).population
 
 
 def clients_by_round(config: Config, slug: str, work: RunWork, rule: str) -> list[list[int]]:
@@ -180,7 +180,8 @@ def largest_jobs(config: Config, scenario: ScenarioSettings) -> dict[bool, int]:
 def job_counts(config: Config) -> Counter[str]:
     """Count the jobs of each rule, in the order in which they run; ``all`` does nothing."""
     slugs, works = config.scenario_seeds(), works_of(config)
-    jobs = Counter({"prepare_backbone": 1, "partition": len(slugs), "tokenize": len(slugs)})
+    populations = len(config.data_seeds())
+    jobs = Counter({"prepare_backbone": 1, "partition": populations, "tokenize": populations})
     jobs["init_server"] = len(slugs) * len(works)
     jobs.update(dict.fromkeys(("train_clients", "aggregate", "assign", "evaluate_clients"), 0))
     for slug in slugs:
@@ -190,7 +191,8 @@ def job_counts(config: Config) -> Counter[str]:
                 jobs[rule] += sum(len(shards(config, clients)) for clients in rounds)
             jobs["aggregate"] += work.aggregations(config.rounds)
             jobs["assign"] += (config.rounds - 1) * work.trains
-    jobs.update({"gather": len(slugs) * len(config.methods), "tables": 1, "figures": 1})
+    jobs["gather"] = len(slugs) * len(config.methods)
+    jobs.update(dict.fromkeys(("write_manifest", "draw_tables", "draw_figures"), 1))
     return +jobs
 
 

@@ -21,7 +21,14 @@ from fedamole.settings.data import (
 )
 from fedamole.settings.federation import AdapterSettings, AggregationSettings, AssignmentSettings
 from fedamole.settings.methods import FdloraSettings, FedapenSettings, PromptSettings
-from fedamole.settings.output import ExecutionSettings, TablesSettings
+from fedamole.settings.output import (
+    FIGURE_NAMES,
+    TABLE_NAMES,
+    ExecutionSettings,
+    PublishedNumber,
+    PublishedSettings,
+    TablesSettings,
+)
 from fedamole.settings.participation import ParticipationSettings
 from fedamole.settings.privacy import DpSgdSettings, EmbeddingPrivacy, PrivacySettings
 from fedamole.settings.section import Section
@@ -39,7 +46,9 @@ __all__ = [
     "DEEPSPEED_KEYS",
     "DEFAULT_MAX_TEST",
     "DEFAULT_STEPS",
+    "FIGURE_NAMES",
     "GENERATED_POSITIONS",
+    "TABLE_NAMES",
     "ZERO_KEYS",
     "AdapterSettings",
     "AggregationSettings",
@@ -60,6 +69,8 @@ __all__ = [
     "PartitionSettings",
     "PrivacySettings",
     "PromptSettings",
+    "PublishedNumber",
+    "PublishedSettings",
     "ScenarioSettings",
     "Section",
     "SourceSettings",

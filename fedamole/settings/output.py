@@ -1,15 +1,83 @@
 """What people see, and how the work is cut into jobs."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from fedamole.settings.section import Section
 
+TableName = Literal[
+    "main", "clients", "spread", "significance", "assignments", "sweep", "overhead", "published"
+]
+FigureName = Literal[
+    "rounds",
+    "bars",
+    "sweep",
+    "stability",
+    "routing",
+    "overhead",
+    "classes",
+    "experts",
+    "assignment",
+]
+TABLE_NAMES: tuple[TableName, ...] = get_args(TableName)
+FIGURE_NAMES: tuple[FigureName, ...] = get_args(FigureName)
+
+
+class PublishedNumber(Section):
+    """A number that a paper reports, to stand beside that of the study."""
+
+    what: Literal["average gain", "score", "gain"]
+    """Quantity: the gain of a method over the best other, averaged over scenarios; its gain in one
+    scenario; or its score there."""
+    method: str
+    """Row of the tables."""
+    scenario: str | None = None
+    """Column of the tables; None for an average."""
+    value: float
+    """The number, in percent."""
+    std: float | None = None
+    """Its standard deviation, in percentage points."""
+    table: str
+    """Where in the source it stands."""
+
+    @model_validator(mode="after")
+    def _of_one_or_all(self) -> "PublishedNumber":
+        if (self.scenario is None) != (self.what == "average gain"):
+            verb = "takes no" if self.scenario else "needs a"
+            raise ValueError(f"published: {self.what} {verb} scenario")
+        return self
+
+
+class PublishedSettings(Section):
+    """What a paper reports. Numbers that are not known are not here."""
+
+    source: str
+    """The paper, with its version."""
+    setting: str = ""
+    """What the numbers were measured on: model, rounds, clients."""
+    numbers: list[PublishedNumber] = Field(min_length=1)
+    """The numbers."""
+
+
+def _once(names: Any) -> Any:
+    """Refuse a list that names something twice."""
+    for name in names if isinstance(names, list) else []:
+        if names.count(name) > 1:
+            raise ValueError(f"{name!r} stands twice")
+    return names
+
 
 class TablesSettings(Section):
-    """What the tables show. Nothing here trains."""
+    """What the tables and figures show. Nothing here trains."""
 
+    show: Annotated[list[TableName] | None, BeforeValidator(_once)] = None
+    """Tables to draw; default: all that the study has numbers for, but for the overhead."""
+    figures: Annotated[list[FigureName] | None, BeforeValidator(_once)] = None
+    """Figures to draw; default: all that the study has numbers for, but for the overhead."""
+    published: PublishedSettings | None = None
+    """Numbers of a paper to stand beside those of the study: the path of a YAML file, or the
+    section itself."""
     round: Literal["last", "best"] = "last"
     """Round that counts: the last one, or the best by mean evaluation loss."""
     reference: str = "fedamole"

@@ -16,7 +16,16 @@ PACKAGE = TESTS.parent / "fedamole"
 # Lowest first; a module may import from its own layer and those before. See ARCHITECTURE.md.
 LAYERS = [
     {"errors", "__init__"},
-    {"registry", "settings", "mistakes", "config", "stages", "randomness", "participation"}
+    {
+        "registry",
+        "settings",
+        "mistakes",
+        "sweeps",
+        "config",
+        "stages",
+        "randomness",
+        "participation",
+    }
     | {"slurm", "slurm_site", "snakemake_profile", "launching", "backbone_limits"},
     {"artifacts", "pools", "hdf5", "pool_files", "pool_parts", "records", "progress", "owner"},
     {"partition", "assignment", "aggregation", "targets", "results", "rendering", "tables"}

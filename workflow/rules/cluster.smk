@@ -47,7 +47,9 @@ def site_limit(name):
 
 MAX_MINUTES, MAX_MEM_MB = site_limit("max_runtime"), site_limit("max_mem_mb")
 SIZE = model_size(CONFIG.backbone, Path(BACKBONE))
-MEM_MB = CONFIG.execution.mem_mb or job_memory_mb(CONFIG, SIZE)
+MEM_MB = CONFIG.execution.mem_mb or max(
+    job_memory_mb(settings, SIZE) for settings in CONFIG.variants()
+)
 
 
 def memory(wildcards, attempt):
@@ -63,7 +65,7 @@ def minutes(clients, trains=False):
         settings = SCENARIOS[scenario][0]
         number = settings.clients if pooled else len(clients)
         return CONFIG.execution.runtime or job_minutes(
-            CONFIG, SIZE, settings, number, pooled
+            CONFIG.at(scenario), SIZE, settings, number, pooled
         )
 
     def of_job(wildcards, attempt):

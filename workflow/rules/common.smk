@@ -20,7 +20,10 @@ def load():
     try:
         check_config_files(workflow.configfiles)
         return load_config(
-            config, LIBRARY, " ".join(map(str, workflow.configfiles)) or "config"
+            config,
+            LIBRARY,
+            " ".join(map(str, workflow.configfiles)) or "config",
+            [Path(file).parent for file in reversed(workflow.configfiles)],
         )
     except FedamoleError as error:
         raise WorkflowError(str(error)) from None
@@ -29,6 +32,10 @@ def load():
 CONFIG = load()
 RESULTS = CONFIG.results
 SCENARIOS = CONFIG.scenario_seeds()
+# Points of a sweep share the split and the tokens of their population.
+POPULATIONS = CONFIG.data_seeds()
+CACHED = CONFIG.mode == "cached"
+CACHE = CONFIG.cache or f"{RESULTS}/metrics"
 BACKBONE = f"{RESULTS}/backbones/{CONFIG.backbone.name}"
 RUN = f"{RESULTS}/runs/{{scenario}}/{{run}}"
 ROUND = f"{RUN}/round_{{round}}"
@@ -52,6 +59,7 @@ def one_of(names):
 
 wildcard_constraints:
     scenario=one_of(SCENARIOS),
+    population=one_of(POPULATIONS),
     run=one_of(CONFIG.runs()),
     method=one_of(CONFIG.methods),
     round="[0-9]+",
@@ -69,7 +77,9 @@ def settings(stage):
 
     def of_job(wildcards):
         names = [
-            wildcards[key] for key in ("scenario", "run") if key in wildcards.keys()
+            wildcards[key]
+            for key in ("scenario", "population", "run")
+            if key in wildcards.keys()
         ]
         return settings_json(stage, *names)
 
@@ -79,6 +89,19 @@ def settings(stage):
 def method_settings(wildcards):
     """Params of a row of the tables: those of the run that it reads."""
     return settings_json("client", wildcards.scenario, METHODS[wildcards.method].run)
+
+
+def of_population(path):
+    """Input function: a file of the population behind a scenario."""
+
+    def of_job(wildcards):
+        return path.format(population=CONFIG.data_slug(wildcards.scenario))
+
+    return of_job
+
+
+PARTITION = f"{RESULTS}/scenarios/{{population}}/partition.json"
+TOKENS = f"{RESULTS}/scenarios/{{population}}/tokens-{CONFIG.backbone.name}"
 
 
 def names(clients):
@@ -310,7 +333,8 @@ def quorum(wildcards, output):
     run = (
         METHODS[wildcards.method].run if "method" in wildcards.keys() else wildcards.run
     )
-    return f"--quorum {stages.quorum_of(CONFIG, run)}"
+    here = CONFIG.at(wildcards.scenario)
+    return f"--quorum {stages.quorum_of(here, run)}"
 
 
 @functools.cache
@@ -350,8 +374,20 @@ def report_figure(path):
     )
 
 
-METRICS = expand(
-    f"{RESULTS}/metrics/{{scenario}}/{{method}}.jsonl",
-    scenario=SCENARIOS,
-    method=CONFIG.methods,
-)
+def metrics_files():
+    """The metrics of all rows, which tables and figures read; in cached mode checked."""
+    if not CACHED:
+        return expand(
+            f"{RESULTS}/metrics/{{scenario}}/{{method}}.jsonl",
+            scenario=SCENARIOS,
+            method=CONFIG.methods,
+        )
+    return expand(
+        f"{CACHE}/{{scenario}}/{{method}}.jsonl",
+        scenario=SCENARIOS,
+        method=CONFIG.methods,
+    )
+
+
+METRICS = metrics_files()
+MANIFEST = f"{RESULTS}/metrics/manifest.json"

@@ -26,11 +26,11 @@ rule prepare_backbone:
 rule partition:
     """Spread a data set over the clients and split each client's examples."""
     output:
-        f"{RESULTS}/scenarios/{{scenario}}/partition.json",
+        PARTITION,
     log:
-        f"{RESULTS}/logs/{{scenario}}/partition.log",
+        f"{RESULTS}/logs/{{population}}/partition.log",
     benchmark:
-        f"{RESULTS}/benchmarks/{{scenario}}/partition.tsv"
+        f"{RESULTS}/benchmarks/{{population}}/partition.tsv"
     resources:
         mem_mb=MEM_MB,
         runtime=30,
@@ -51,11 +51,11 @@ rule tokenize:
         partition=rules.partition.output,
         backbone=BACKBONE,
     output:
-        directory(f"{RESULTS}/scenarios/{{scenario}}/tokens-{CONFIG.backbone.name}"),
+        directory(TOKENS),
     log:
-        f"{RESULTS}/logs/{{scenario}}/tokenize.log",
+        f"{RESULTS}/logs/{{population}}/tokenize.log",
     benchmark:
-        f"{RESULTS}/benchmarks/{{scenario}}/tokenize.tsv"
+        f"{RESULTS}/benchmarks/{{population}}/tokenize.tsv"
     resources:
         mem_mb=MEM_MB,
         runtime=30,

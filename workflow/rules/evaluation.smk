@@ -8,7 +8,7 @@ for clients, scenarios in testing_shards():
             shard_name("evaluate_clients", clients)
         input:
             backbone=naming_jobs(BACKBONE),
-            tokens=rules.tokenize.output,
+            tokens=of_population(TOKENS),
             pool=f"{ROUND}/pool.h5",
         output:
             metrics=[f"{ROUND}/aggregated_{client}.json" for client in clients],
@@ -46,7 +46,7 @@ for clients, scenarios in testing_shards():
 rule gather:
     """Collect the small facts of a run into one file: all that tables and figures read."""
     input:
-        partition=rules.partition.output,
+        partition=of_population(PARTITION),
         metrics=metrics_of_row,
         assignments=assignments_of_row,
     output:
@@ -70,6 +70,31 @@ rule gather:
             --partition {input.partition:q} \
             --metrics {input.metrics:q} \
             --assignments {input.assignments:q} \
+            --out {output:q} \
+            2>&1 | tee {log:q}
+        """
+
+
+rule write_manifest:
+    """List the metrics files with what they were made under, for a move to another machine."""
+    input:
+        METRICS,
+    output:
+        MANIFEST,
+    log:
+        f"{RESULTS}/logs/write_manifest.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/write_manifest.tsv"
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        settings=settings("results"),
+    shell:
+        r"""
+        fedamole cache manifest \
+            --settings {params.settings:q} \
+            --metrics {input:q} \
             --out {output:q} \
             2>&1 | tee {log:q}
         """

@@ -35,7 +35,7 @@ for shard in training_shards():
             shard_name("train_clients", shard.clients, shard.keeps, shard.rounds)
         input:
             backbone=naming_jobs(BACKBONE),
-            tokens=rules.tokenize.output,
+            tokens=of_population(TOKENS),
             pool=before("pool.h5"),
             assignment=before("assignment.h5"),
             kept=kept_before(shard.keeps),

@@ -1,7 +1,7 @@
 # What people read. These rules see only the metrics files, so they cannot train.
 
 
-rule tables:
+rule draw_tables:
     """Write the tables: methods x scenarios, and client by client."""
     input:
         METRICS,
@@ -27,7 +27,7 @@ rule tables:
         """
 
 
-rule figures:
+rule draw_figures:
     """Draw the figures, each as svg and png and with the numbers it shows."""
     input:
         METRICS,
