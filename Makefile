@@ -9,13 +9,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLUSTER := tests/cluster/slurm_cluster.sh
+# Every config but what others build on.
+STUDIES := $(wildcard configs/*.yaml) $(shell grep -l '^study:' configs/paper/*.yaml)
 # Two libraries with two OpenMP threads each on busy cores are slower than one thread by far.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-cluster check bench bench-check bench-cluster schema format clean
+.PHONY: help install demo tables test test-cluster check bench bench-check bench-cluster schema format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -41,6 +43,11 @@ demo: install ## fine-tune SmolLM2-135M on four clients and print the table
 		--report results/demo/report.html
 	@fedamole show --configfile configs/demo.yaml
 
+tables: install ## draw the tables and figures of the replica study from its cached metrics, without training
+	@snakemake tables --configfile configs/replica.yaml --config mode=cached \
+		--cores $(CORES) --quiet all
+	@fedamole show --configfile configs/replica.yaml
+
 test: install ## run the tests
 	@pytest -n $(TEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
@@ -56,10 +63,8 @@ check: install ## lint, types, formats, a dry run of every config, bench-check
 	@snakefmt --check Snakefile workflow
 	@mypy
 	@snakemake --lint --configfile configs/smoke.yaml
-	@for config in $(wildcard configs/*.yaml configs/paper/*.yaml); do \
-		echo "dry run of $$config"; \
-		snakemake -n --quiet all --configfile $$config || exit 1; \
-	done
+	@echo $(STUDIES) | xargs -n 1 -P $(CORES) sh -c 'echo "dry run of $$0"; \
+		snakemake -n --quiet all --configfile $$0 || exit 255'
 	@python benchmarks/run.py --check
 
 bench-cluster: install ## what SLURM costs, on the cluster of test-cluster

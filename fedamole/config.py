@@ -34,6 +34,7 @@ from fedamole.settings import (
     TablesSettings,
     TrainingSettings,
 )
+from fedamole.settings.section import Slug
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -68,6 +69,9 @@ class Config(Section):
 
     results: str = Field(default="results", pattern=r"^[^{}*?\[\]]+$")
     """Folder for everything that is produced."""
+    study: Slug | None = None
+    """Name of the study: its tables and figures stand in a folder of that name. Studies that share
+    a results folder train once what they have in common; each needs a name then."""
     seeds: list[int] = Field(default=[42], min_length=1)
     """Root seeds; each gives its own split, pool and training order."""
     rounds: int = Field(default=30, ge=1)
@@ -313,8 +317,7 @@ class Config(Section):
             f"{key} {sweeps.shown(value)}" for key, value in values.items()
         )
         data = parse(ScenarioSettings, sweeps.changed(_given(scenario), _below(own)), where)
-        if data.slug == scenario.slug:
-            data = _renamed(data, own)
+        data = _renamed(data, own)
         settings = sweeps.changed(_given(self), others) | {"sweep": {}, "scenarios": [_given(data)]}
         config = parse(Config, settings, where)
         return Point(_renamed(data, others), data, scenario.slug, values, config)
@@ -322,6 +325,11 @@ class Config(Section):
     def at(self, slug: str) -> "Config":
         """The settings that hold in a scenario slug (with the seed)."""
         return self._slugs[slug][0].config
+
+    @property
+    def output(self) -> str:
+        """Folder for tables and figures."""
+        return f"{self.results}/{self.study}" if self.study else self.results
 
     def variants(self) -> "list[Config]":
         """The settings that hold somewhere: one without a sweep, else one per combination."""
@@ -554,8 +562,9 @@ def _named(value: Any, folder: Path, what: str, origin: str) -> Any:
 
 
 def _renamed(scenario: ScenarioSettings, values: sweeps.Values) -> ScenarioSettings:
-    """The same population under a name that says some values; under its own if there are none."""
-    tags = [sweeps.tag(key, value) for key, value in values.items()]
+    """The same population under a name that says some values; under its own if it says them."""
+    says = () if scenario.name else ("scenarios.partition",)
+    tags = [sweeps.tag(key, value) for key, value in values.items() if key not in says]
     name = "-".join([scenario.slug, *tags])
     return scenario.model_copy(update={"name": name}) if tags else scenario
 

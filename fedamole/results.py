@@ -82,7 +82,7 @@ def _fits(name: TableName | FigureName, settings: ResultsStage) -> bool:
         return settings.tables.reference in settings.methods and bool(others)
     if name == "published":
         return settings.tables.published is not None
-    # Costs differ from machine to machine, and old metrics have no map: only where they are asked for.
+    # Costs differ from machine to machine, and old metrics have no map.
     return name not in ("overhead", "routing")
 
 

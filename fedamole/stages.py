@@ -370,6 +370,11 @@ def results_stage(config: Config) -> ResultsStage:
     )
 
 
+def manifest_stage(config: Config) -> ResultsStage:
+    """Settings of ``cache manifest``: which metrics there are, whatever the tables show of them."""
+    return results_stage(config).model_copy(update={"tables": TablesSettings()})
+
+
 def _part(section: Section, base: type[SectionT]) -> SectionT:
     """The fields of a section that belong to one of its base classes."""
     return base.model_validate(section.model_dump(include=set(base.model_fields)))

@@ -67,6 +67,8 @@ def check(sweep: Mapping[str, list[Any]]) -> None:
             )
         if key in _FIXED:
             raise FedamoleError(f"sweep: {key}: must be the same in the whole study")
+        if not values:
+            raise FedamoleError(f"sweep: {key}: has no values")
         tags = [tag(key, value) for value in values]
         if twice := [text for text in tags if tags.count(text) > 1]:
             raise FedamoleError(f"sweep: {key}: {twice[0]!r} stands twice")

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fedamole.config import read_yaml
+from fedamole.config import read_yaml, with_base
 from fedamole.errors import FedamoleError
 
 
@@ -19,7 +19,8 @@ def run_show(args: argparse.Namespace) -> None:
     config = read_yaml(args.configfile)
     if not isinstance(config, dict):
         raise FedamoleError(f"{args.configfile}: holds no settings")
-    results = Path(config.get("results", "results"))
+    config = with_base(config, [args.configfile.parent], str(args.configfile))
+    results = Path(config.get("results", "results"), config.get("study") or "")
     table = results / "tables" / "main.md"
     if not table.is_file():
         raise FedamoleError(

@@ -53,7 +53,7 @@ def read_config(path: Path) -> Config:
     FedamoleError
         See :func:`fedamole.config.load_config`.
     """
-    return load_config(read_yaml(path), _library(), str(path))
+    return load_config(read_yaml(path), _library(), str(path), [path.parent])
 
 
 def _library() -> Path:

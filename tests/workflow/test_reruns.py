@@ -37,7 +37,7 @@ def test_a_new_method_trains_only_that_method(tmp_path: Path) -> None:
 
 def test_changed_table_settings_only_write_tables(finished: Study, tmp_path: Path) -> None:
     study = finished.copy(tmp_path / "study", tables={"decimals": 3})
-    assert set(study.planned()) == {"tables", "figures", "all"}
+    assert set(study.planned()) == {"draw_tables", "draw_figures", "all"}
 
 
 def test_a_changed_learning_rate_retrains_but_keeps_the_data(

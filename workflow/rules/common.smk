@@ -31,6 +31,8 @@ def load():
 
 CONFIG = load()
 RESULTS = CONFIG.results
+# Tables and figures: in the results folder, or in that of the study, if it has a name.
+OUTPUT = CONFIG.output
 SCENARIOS = CONFIG.scenario_seeds()
 # Points of a sweep share the split and the tokens of their population.
 POPULATIONS = CONFIG.data_seeds()
@@ -42,10 +44,10 @@ ROUND = f"{RUN}/round_{{round}}"
 TRAINED = "(?!000)[0-9]+"
 PROGRESS = f"{RESULTS}/progress/{{scenario}}/{{run}}/round_{{round}}"
 TABLES = [
-    f"{RESULTS}/tables/{name}" for name in table_names(stages.results_stage(CONFIG))
+    f"{OUTPUT}/tables/{name}" for name in table_names(stages.results_stage(CONFIG))
 ]
 FIGURES = [
-    f"{RESULTS}/figures/{name}" for name in figure_names(stages.results_stage(CONFIG))
+    f"{OUTPUT}/figures/{name}" for name in figure_names(stages.results_stage(CONFIG))
 ]
 
 # Every round adds a few levels to the graph, which Snakemake walks by recursion.

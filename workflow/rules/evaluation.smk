@@ -89,7 +89,7 @@ rule write_manifest:
         mem_mb=2000,
         runtime=30,
     params:
-        settings=settings("results"),
+        settings=settings("manifest"),
     shell:
         r"""
         fedamole cache manifest \

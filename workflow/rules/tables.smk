@@ -8,9 +8,9 @@ rule draw_tables:
     output:
         [report_table(path) for path in TABLES],
     log:
-        f"{RESULTS}/logs/tables.log",
+        f"{OUTPUT}/logs/draw_tables.log",
     benchmark:
-        f"{RESULTS}/benchmarks/tables.tsv"
+        f"{OUTPUT}/benchmarks/draw_tables.tsv"
     resources:
         mem_mb=2000,
         runtime=30,
@@ -34,9 +34,9 @@ rule draw_figures:
     output:
         [report_figure(path) for path in FIGURES],
     log:
-        f"{RESULTS}/logs/figures.log",
+        f"{OUTPUT}/logs/draw_figures.log",
     benchmark:
-        f"{RESULTS}/benchmarks/figures.tsv"
+        f"{OUTPUT}/benchmarks/draw_figures.tsv"
     resources:
         mem_mb=2000,
         runtime=30,
