@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedamole.artifacts import replacing
-from fedamole.cache import MANIFEST, Manifest, content_of, fault, parse_manifest, read_manifest
 from fedamole.errors import FedamoleError
+from fedamole.manifest import MANIFEST, Manifest, checked, content_of, parse_manifest, read_manifest
 
 # Bytes of all files together. A study of a hundred rows has a few ten MB; all are read at once.
 LIMIT = 2**29
@@ -68,13 +68,15 @@ def verify(path: Path) -> Contents:
         One line for each file that is missing, changed, or not in the manifest.
     """
     contents = _read_folder(path) if path.is_dir() else _read_archive(path)
-    problems = [
-        _fault(path / name, contents.files[name], contents.manifest, name)
-        for name in sorted(contents.files)
-    ]
+    problems: list[str] = []
+    for name, content in sorted(contents.files.items()):
+        try:
+            checked(path / name, content, contents.manifest.files[name])
+        except FedamoleError as error:
+            problems.append(str(error))
     problems += [f"{path / name}: is not in the manifest" for name in contents.strangers]
-    if lines := [line for line in problems if line]:
-        raise FedamoleError("\n".join(lines))
+    if problems:
+        raise FedamoleError("\n".join(problems))
     return contents
 
 
@@ -137,14 +139,6 @@ def unpack(archive: Path, folder: Path, force: bool = False) -> list[Path]:
         with replacing(folder / name) as scratch:
             scratch.write_bytes(files[name])
     return [folder / name for name in written]
-
-
-def _fault(path: Path, content: bytes | None, manifest: Manifest, name: str) -> str | None:
-    """What is wrong with a file, also where it is no metrics file at all."""
-    try:
-        return fault(path, content, manifest.files[name])
-    except FedamoleError as error:
-        return str(error)
 
 
 def _read_folder(folder: Path) -> Contents:

@@ -46,8 +46,8 @@ def _add_manifest(
 def run_manifest(args: argparse.Namespace) -> None:
     """Write the manifest of a folder; what the old one knows of unchanged files stays."""
     # Here, because help needs none of it.
-    from fedamole.cache import MANIFEST, describe, read_manifest, write_manifest
     from fedamole.machine import this_machine
+    from fedamole.manifest import MANIFEST, describe, read_manifest, write_manifest
 
     if (args.folder is None) == (args.out is None):
         raise FedamoleError("fedamole cache manifest needs FOLDER or --out FILE, not both")

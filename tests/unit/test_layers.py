@@ -26,7 +26,7 @@ LAYERS = [
     | {"transport", "assignment_strategies", "assignment_measures", "assignment_table"}
     | {"figure_data", "drawing", "figures", "config_reference"}
     | {"planning", "study_status", "head"}
-    | {"cache", "cache_archive"},
+    | {"manifest", "cache", "cache_archive"},
     {"datasets", "distributed", "batches", "routing", "hmole_function", "hmole", "hmole_peft"}
     | {
         "backbone",
