@@ -4,6 +4,7 @@ Light (no torch, no SciPy): the Snakefile checks a cache while it is parsed.
 """
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +55,8 @@ def check_cache(folder: Path, config: Config, accept_stale: bool = False) -> Cac
     config
         The study.
     accept_stale
-        Take files of other versions of the code, with a warning for each; their settings must
-        agree all the same.
+        Take files of other versions of the code, with a warning; their settings must agree all the
+        same.
 
     Raises
     ------
@@ -76,16 +77,17 @@ def check_cache(folder: Path, config: Config, accept_stale: bool = False) -> Cac
                 stale[slug, method] = entry.versions
         except FedamoleError as error:
             problems.append(str(error))
-    warnings = [
-        f"{folder / metrics_name(*key)}: is stale, made by other code ({_changes(key[1], made_by)})"
-        for key, made_by in stale.items()
-    ]
+    changes = {key: _changes(key[1], made_by) for key, made_by in stale.items()}
     if not accept_stale:
-        problems += [f"{line}; its numbers may differ from those of this code" for line in warnings]
+        problems += [
+            f"{folder / metrics_name(*key)}: is stale, made by other code ({change}); its numbers "
+            f"may differ from those of this code"
+            for key, change in changes.items()
+        ]
     if problems:
         raise FedamoleError("\n".join(problems))
-    for line in warnings:
-        logger.warning("%s; accepted", line)
+    for change, count in Counter(changes.values()).items():
+        logger.warning("%s: %d stale files, made by other code (%s)", folder, count, change)
     return Cache(paths, results_stage(config, stale) if stale else settings)
 
 
