@@ -217,7 +217,7 @@ def json_line(path: Path, number: int, line: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FedamoleError(f"{path}:{number + 1}: is not a whole JSON line ({error})") from error
     if not isinstance(content, dict):
         raise FedamoleError(f"{path}:{number + 1}: is not a JSON object")

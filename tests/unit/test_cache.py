@@ -590,6 +590,19 @@ def test_a_hostile_manifest_is_one_line(tmp_path: Path) -> None:
         assert line.startswith(f"/{MANIFEST}: is not ")
 
 
+def test_a_hostile_metrics_file_is_one_line(small: Path, tmp_path: Path) -> None:
+    text, name = b"[" * 100_000, f"{SLUG}/zero-shot.jsonl"
+    known = verify(small).manifest.files[name]
+    sums = {"sha256": hashlib.sha256(text).hexdigest(), "size": len(text)}
+    made = Manifest(files={name: known.model_copy(update=sums)}, machines=[HERE])
+    write_manifest(tmp_path / MANIFEST, made)
+    with zipfile.ZipFile(tmp_path / "study.zip", "w") as archive:
+        archive.write(tmp_path / MANIFEST, MANIFEST)
+        archive.writestr(name, text)
+    (line,) = unverified(tmp_path / "study.zip")
+    assert line.startswith(f"/{name}:1: is not a whole JSON line")
+
+
 @pytest.mark.parametrize("call", ["pack(Path(old), Path(new))", "unpack(Path(zip), Path(new))"])
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(
     folder: Path, tmp_path: Path, call: str
