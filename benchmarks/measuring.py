@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fedamole.machine import processor
+
 RESULTS = Path(__file__).parent / "results"
 Step = Callable[[], object]
 
@@ -100,20 +102,6 @@ def machine() -> dict[str, object]:
         "numpy": np.__version__,
         **_torch_facts(),
     }
-
-
-def processor() -> str:
-    """Name the kind of processor: machines of one name differ in generation and in instructions."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-    except OSError:
-        lines = []
-    facts = {key.strip(): value.strip() for key, _, value in (s.partition(":") for s in lines)}
-    if "model name" not in facts:
-        return platform.machine()
-    wide = [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in facts["flags"]]
-    kind = f"family {facts['cpu family']}, model {facts['model']}"
-    return f"{facts['model name']} ({', '.join([kind, *wide])})"
 
 
 def _torch_facts() -> dict[str, object]:

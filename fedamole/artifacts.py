@@ -245,10 +245,19 @@ def read_record(path: Path, kind: str, digest: str | None = None) -> tuple[Heade
         If it is missing, broken, foreign, of another kind, or of another config.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
     except OSError as error:
         raise FedamoleError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    return parse_record(text, path, kind, digest)
+
+
+def parse_record(
+    text: bytes, path: Path, kind: str, digest: str | None = None
+) -> tuple[Header, dict[str, Any]]:
+    """Read a JSON record from its bytes; see :func:`read_record`."""
+    try:
+        content = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise FedamoleError(f"{path}: is not a whole JSON file ({error})") from error
     if not isinstance(content, dict):
         raise FedamoleError(f"{path}: is not a file of fedamole (it has no header)")

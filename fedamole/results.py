@@ -191,11 +191,11 @@ def read_metrics(paths: Iterable[Path], settings: ResultsStage) -> Metrics:
         if key in runs:
             raise FedamoleError(f"{path}: is a second file of {key[1]} on {key[0]}")
         runs[key] = run
-    for key in _expected(settings):
+    for key in expected(settings):
         if key not in runs:
             raise FedamoleError(f"no metrics file of {key[1]} on {key[0]} was given")
     _check_same(known)
-    return Metrics({key: runs[key] for key in _expected(settings)})
+    return Metrics({key: runs[key] for key in expected(settings)})
 
 
 def read_run(path: Path, digests: Mapping[str, Mapping[str, str]] | None = None) -> Run:
@@ -215,7 +215,7 @@ def read_run(path: Path, digests: Mapping[str, Mapping[str, str]] | None = None)
     """
     records: dict[str, list[Any]] = {name: [] for name in RECORDS}
     for number, line in enumerate(_lines(path)):
-        content = _json_line(path, number, line)
+        content = json_line(path, number, line)
         if number == 0:
             header = Header.from_mapping(content.get("header"), path)
             header.check(path, KIND, None)
@@ -245,10 +245,17 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
-def _json_line(path: Path, number: int, line: str) -> dict[str, Any]:
+def json_line(path: Path, number: int, line: str) -> dict[str, Any]:
+    """Read one line of a metrics file; the first has number 0.
+
+    Raises
+    ------
+    FedamoleError
+        If it is not a whole JSON object; names the file and the line.
+    """
     try:
         content = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FedamoleError(f"{path}:{number + 1}: is not a whole JSON line ({error})") from error
     if not isinstance(content, dict):
         raise FedamoleError(f"{path}:{number + 1}: is not a JSON object")
@@ -307,7 +314,7 @@ def _check_shapes(path: Path, run: Run) -> None:
             )
 
 
-def _expected(settings: ResultsStage) -> Iterator[tuple[str, str]]:
+def expected(settings: ResultsStage) -> Iterator[tuple[str, str]]:
     """Scenario slug and method of every file of a study, in the order of the tables."""
     for slugs in settings.scenarios.values():
         for slug in slugs:

@@ -6,7 +6,7 @@ made with other settings are thereby recognised, also where Snakemake's own reco
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedamole.config import Config, SectionT
@@ -36,6 +36,21 @@ from fedamole.settings import (
 # Raised when a change of the code, or of a default, changes what the stage writes. What changes one
 # method only raises the version of its run in the registry.
 VERSIONS = {"backbone": 1, "scenario": 1, "tokens": 1, "run": 2, "client": 2, "results": 3}
+
+
+class Versions(Section):
+    """Versions of the stages that a metrics file comes from."""
+
+    backbone: int
+    """Of ``prepare-backbone``."""
+    scenario: int
+    """Of ``partition``."""
+    tokens: int
+    """Of ``tokenize``."""
+    run: int
+    """Of the server's commands, with that of the run itself added."""
+    client: int
+    """Of the clients' commands."""
 
 
 class BackboneStage(Section):
@@ -194,33 +209,56 @@ class ResultsStage(Section):
     """Slug -> method -> digest of the :class:`ClientStage` that its metrics must come from."""
 
 
-def backbone_stage(config: Config) -> BackboneStage:
-    """Settings of ``prepare-backbone``."""
+def versions_of(run: str) -> Versions:
+    """Versions of this code for a run."""
+    versions = {stage: VERSIONS[stage] for stage in Versions.model_fields}
+    return Versions(**{**versions, "run": VERSIONS["run"] + RUNS[run].version})
+
+
+def _version(stage: str, versions: Versions | None) -> int:
+    """Version of a stage that does not know its run; None: of this code."""
+    return VERSIONS[stage] if versions is None else int(getattr(versions, stage))
+
+
+def backbone_stage(config: Config, versions: Versions | None = None) -> BackboneStage:
+    """Settings of ``prepare-backbone``.
+
+    Parameters
+    ----------
+    config
+        The study.
+    versions
+        Those of the code that a file was made by, here and for the stages below; None: of this
+        code.
+    """
     corpus: dict[str, DatasetSettings] = {}
     if config.backbone.generate:
         corpus = {scenario.dataset.name: scenario.dataset for scenario in config.scenarios}
     source = _part(config.backbone, BackboneSource)
-    return BackboneStage(
-        version=VERSIONS["backbone"], backbone=source, corpus=list(corpus.values())
-    )
+    version = _version("backbone", versions)
+    return BackboneStage(version=version, backbone=source, corpus=list(corpus.values()))
 
 
-def scenario_stage(config: Config, scenario: str) -> ScenarioStage:
+def scenario_stage(
+    config: Config, scenario: str, versions: Versions | None = None
+) -> ScenarioStage:
     """Settings of ``partition`` for a scenario slug."""
     settings, seed = config.data_seeds()[config.data_slug(scenario)]
-    return ScenarioStage(version=VERSIONS["scenario"], scenario=settings, seed=seed)
+    return ScenarioStage(version=_version("scenario", versions), scenario=settings, seed=seed)
 
 
-def tokens_stage(config: Config, scenario: str) -> TokensStage:
+def tokens_stage(config: Config, scenario: str, versions: Versions | None = None) -> TokensStage:
     """Settings of ``tokenize`` for a scenario slug."""
     return TokensStage(
-        version=VERSIONS["tokens"],
-        scenario=scenario_stage(config, scenario),
-        backbone=backbone_stage(config),
+        version=_version("tokens", versions),
+        scenario=scenario_stage(config, scenario, versions),
+        backbone=backbone_stage(config, versions),
     )
 
 
-def run_stage(config: Config, scenario: str, run: str) -> RunStage:
+def run_stage(
+    config: Config, scenario: str, run: str, versions: Versions | None = None
+) -> RunStage:
     """Settings of the server's commands for a scenario slug and a run.
 
     What a run does not use keeps its default: a change of the assignment reruns no baseline.
@@ -235,9 +273,9 @@ def run_stage(config: Config, scenario: str, run: str) -> RunStage:
         dp_sgd=here.privacy.dp_sgd if facts.trains else None,
     )
     return RunStage(
-        version=VERSIONS["run"] + facts.version,
+        version=(versions or versions_of(run)).run,
         run=run,
-        tokens=tokens_stage(config, scenario),
+        tokens=tokens_stage(config, scenario, versions),
         loading=_part(config.backbone, BackboneLoading),
         adapter=adapter,
         assignment=here.assignment if facts.assigns else AssignmentSettings(),
@@ -334,18 +372,31 @@ def _untrained(training: TrainingSettings) -> TrainingSettings:
     return TrainingSettings(**training.model_dump(include=kept))
 
 
-def client_stage(config: Config, scenario: str, run: str) -> ClientStage:
+def client_stage(
+    config: Config, scenario: str, run: str, versions: Versions | None = None
+) -> ClientStage:
     """Settings of the clients' commands for a scenario slug and a run."""
     return ClientStage(
-        version=VERSIONS["client"],
-        run=run_stage(config, scenario, run),
+        version=_version("client", versions),
+        run=run_stage(config, scenario, run, versions),
         evaluation=config.at(scenario).evaluation,
     )
 
 
-def results_stage(config: Config) -> ResultsStage:
-    """Settings of ``tables`` and ``figures``."""
-    points = config.points
+def results_stage(
+    config: Config, accepted: Mapping[tuple[str, str], Versions] | None = None
+) -> ResultsStage:
+    """Settings of ``tables`` and ``figures``.
+
+    Parameters
+    ----------
+    config
+        The study.
+    accepted
+        (scenario slug, method) -> versions of the code that its metrics file may come from, where
+        they are not those of this code.
+    """
+    made_by, points = accepted or {}, config.points
     return ResultsStage(
         version=VERSIONS["results"],
         tables=config.tables,
@@ -362,7 +413,9 @@ def results_stage(config: Config) -> ResultsStage:
         },
         digests={
             slug: {
-                method: digest(client_stage(config, slug, lookup(method).run))
+                method: digest(
+                    client_stage(config, slug, lookup(method).run, made_by.get((slug, method)))
+                )
                 for method in config.methods
             }
             for slug in config.scenario_seeds()

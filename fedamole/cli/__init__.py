@@ -28,6 +28,7 @@ MODULES = {
     "submit": ("submit", "cancel"),
     "status": ("status",),
     "prune": ("prune",),
+    "cache": ("cache",),
     "pool": ("pool",),
     "schema": ("schema",),
 }
@@ -44,6 +45,7 @@ FOR_PEOPLE = (
     "cancel",
     "status",
     "prune",
+    "cache",
     "pool",
     "schema",
 )

@@ -26,14 +26,16 @@ LAYERS = [
         "randomness",
         "participation",
     }
-    | {"slurm", "slurm_site", "snakemake_profile", "launching", "backbone_limits"},
+    | {"slurm", "slurm_site", "snakemake_profile", "launching", "backbone_limits"}
+    | {"machine"},
     {"artifacts", "pools", "hdf5", "pool_files", "pool_parts", "records", "progress", "owner"},
     {"partition", "assignment", "aggregation", "targets", "results", "rendering", "tables"}
     | {"comparison"}
     | {"privacy", "accounting", "privacy_tables", "fusion"}
     | {"transport", "assignment_strategies", "assignment_measures", "assignment_table"}
     | {"figure_data", "drawing", "figures", "config_reference"}
-    | {"planning", "study_status", "head"},
+    | {"planning", "study_status", "head"}
+    | {"manifest", "cache", "cache_archive"},
     {"datasets", "distributed", "batches", "routing", "hmole_function", "hmole", "hmole_peft"}
     | {
         "backbone",
@@ -127,6 +129,7 @@ def test_methods_do_not_import_each_other() -> None:
 def test_what_the_snakefile_imports_is_light() -> None:
     code = (
         "import sys, fedamole.stages, fedamole.config, fedamole.registry, fedamole.results\n"
+        "import fedamole.cache\n"
         "import fedamole.cli; fedamole.cli._parser()\n"
         "print(*sorted({name.split('.')[0] for name in sys.modules}))"
     )
@@ -147,7 +150,9 @@ def loaded_by(*arguments: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("command", ["", "aggregate", "assign", "show", "status", "pool show"])
+@pytest.mark.parametrize(
+    "command", ["", "aggregate", "assign", "show", "status", "pool show", "cache"]
+)
 def test_help_loads_nothing_heavy(command: str) -> None:
     assert not (HEAVY | SERVER) & loaded_by(*command.split(), "--help")
 

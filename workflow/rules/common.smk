@@ -5,6 +5,7 @@ import re
 from typing import NamedTuple
 
 from fedamole import stages
+from fedamole.cache import check_cache
 from fedamole.config import check_config_files, load_config
 from fedamole.errors import FedamoleError
 from fedamole.planning import workload
@@ -43,13 +44,6 @@ RUN = f"{RESULTS}/runs/{{scenario}}/{{run}}"
 ROUND = f"{RUN}/round_{{round}}"
 TRAINED = "(?!000)[0-9]+"
 PROGRESS = f"{RESULTS}/progress/{{scenario}}/{{run}}/round_{{round}}"
-TABLES = [
-    f"{OUTPUT}/tables/{name}" for name in table_names(stages.results_stage(CONFIG))
-]
-FIGURES = [
-    f"{OUTPUT}/figures/{name}" for name in figure_names(stages.results_stage(CONFIG))
-]
-
 # Every round adds a few levels to the graph, which Snakemake walks by recursion.
 sys.setrecursionlimit(max(sys.getrecursionlimit(), 1000 + 50 * CONFIG.rounds))
 
@@ -376,20 +370,26 @@ def report_figure(path):
     )
 
 
-def metrics_files():
-    """The metrics of all rows, which tables and figures read; in cached mode checked."""
-    if not CACHED:
-        return expand(
-            f"{RESULTS}/metrics/{{scenario}}/{{method}}.jsonl",
-            scenario=SCENARIOS,
-            method=CONFIG.methods,
-        )
-    return expand(
-        f"{CACHE}/{{scenario}}/{{method}}.jsonl",
+def cached_metrics():
+    """The metrics of cached mode, checked against their manifest, with the settings they have."""
+    try:
+        return check_cache(Path(CACHE), CONFIG, CONFIG.stale == "accept")
+    except FedamoleError as error:
+        raise WorkflowError(str(error)) from None
+
+
+if CACHED:
+    cache = cached_metrics()
+    METRICS, RESULTS_STAGE = cache.metrics, cache.settings
+else:
+    METRICS = expand(
+        f"{RESULTS}/metrics/{{scenario}}/{{method}}.jsonl",
         scenario=SCENARIOS,
         method=CONFIG.methods,
     )
+    RESULTS_STAGE = stages.results_stage(CONFIG)
 
 
-METRICS = metrics_files()
 MANIFEST = f"{RESULTS}/metrics/manifest.json"
+TABLES = [f"{OUTPUT}/tables/{name}" for name in table_names(RESULTS_STAGE)]
+FIGURES = [f"{OUTPUT}/figures/{name}" for name in figure_names(RESULTS_STAGE)]

@@ -80,7 +80,8 @@ rule write_manifest:
     input:
         METRICS,
     output:
-        MANIFEST,
+        # Of files that did not change, the old one knows where they were made.
+        update(MANIFEST),
     log:
         f"{RESULTS}/logs/write_manifest.log",
     benchmark:

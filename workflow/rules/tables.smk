@@ -15,7 +15,7 @@ rule draw_tables:
         mem_mb=2000,
         runtime=30,
     params:
-        settings=settings("results"),
+        settings=stages.canonical_json(RESULTS_STAGE),
         folder=lambda wildcards, output: Path(output[0]).parent,
     shell:
         r"""
@@ -41,7 +41,7 @@ rule draw_figures:
         mem_mb=2000,
         runtime=30,
     params:
-        settings=settings("results"),
+        settings=stages.canonical_json(RESULTS_STAGE),
         folder=lambda wildcards, output: Path(output[0]).parent,
     shell:
         r"""

@@ -1,0 +1,283 @@
+"""The manifest of a folder of metrics files: what each of them is, and where it comes from.
+
+Light (no torch, no SciPy): the Snakefile reads it. It guards against mistakes, not against forgers:
+it holds checksums, no signature.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from fedamole import records
+from fedamole.artifacts import Header, canonical, parse_record, write_record
+from fedamole.config import parse
+from fedamole.errors import FedamoleError
+from fedamole.machine import Machine
+from fedamole.registry import lookup
+from fedamole.results import json_line, read_run
+from fedamole.settings import Section
+from fedamole.settings.section import Slug
+from fedamole.stages import ResultsStage, Versions, versions_of
+
+MANIFEST = "manifest.json"
+KIND = "manifest"
+
+
+class Facts(Section):
+    """What a metrics file says of itself."""
+
+    scenario: Slug
+    """Slug of the scenario, with the seed."""
+    seed: int
+    """Root seed."""
+    method: Slug
+    """Row of the tables."""
+    rounds: int
+    """Federated rounds; 0 without training. They are in no digest."""
+    digest: str
+    """Digest of the :class:`fedamole.stages.ClientStage` that it was made with."""
+    package: str
+    """Version of fedamole that wrote it."""
+
+
+class Entry(Facts):
+    """What the manifest says of a metrics file."""
+
+    sha256: str
+    """SHA-256 of the file."""
+    size: int
+    """Bytes."""
+    versions: Versions
+    """Versions of the stages that it comes from."""
+    machine: int = Field(ge=0)
+    """Place in the list of machines."""
+
+
+class Manifest(Section):
+    """Where the numbers of a cache come from."""
+
+    files: dict[str, Entry]
+    """Path in the folder -> the file."""
+    machines: list[Machine]
+    """Where the files were first described, in the order of the files; see :func:`describe`."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "Manifest":
+        for name, entry in self.files.items():
+            if name != metrics_name(entry.scenario, entry.method):
+                raise ValueError(f"{name!r} is not the place of {entry.method} on {entry.scenario}")
+            if entry.machine >= len(self.machines):
+                raise ValueError(f"{name!r}: machine {entry.machine} is not in the list")
+        return self
+
+
+def metrics_name(scenario: str, method: str) -> str:
+    """Path of a metrics file in its folder."""
+    return f"{scenario}/{method}.jsonl"
+
+
+def checked(path: Path, content: bytes | None, entry: Entry | None) -> Entry:
+    """Compare a file with what the manifest says of it.
+
+    Parameters
+    ----------
+    path
+        Name for messages.
+    content
+        What the file holds; None if there is none.
+    entry
+        What the manifest says; None if nothing.
+
+    Raises
+    ------
+    FedamoleError
+        If they differ, or one is missing.
+    """
+    if content is None:
+        raise FedamoleError(f"{path}: is missing")
+    if entry is None:
+        raise FedamoleError(f"{path}: is not in the manifest")
+    found = hashlib.sha256(content).hexdigest()
+    if (found, len(content)) != (entry.sha256, entry.size):
+        raise FedamoleError(
+            f"{path}: differs from the manifest (SHA-256 {found[:12]}, {len(content)} bytes; the "
+            f"manifest says {entry.sha256[:12]}, {entry.size} bytes)"
+        )
+    for name, value in facts_of(content, path):
+        if value != getattr(entry, name):
+            said = f"{getattr(entry, name)!r}, the file {value!r}"
+            raise FedamoleError(f"{path}: the manifest says {name} {said}")
+    return entry
+
+
+def facts_of(content: bytes, path: Path) -> Facts:
+    """What a metrics file says of itself; its numbers are not looked at.
+
+    Raises
+    ------
+    FedamoleError
+        If it is no metrics file.
+    """
+    lines = content.decode("utf-8", "replace").splitlines() or [""]
+    header = Header.from_mapping(json_line(path, 0, lines[0]).get("header"), path)
+    header.check(path, records.KIND, None)
+    for number, line in enumerate(lines[1:], 1):
+        record = json_line(path, number, line)
+        if record.get("record") == "run":
+            run = parse(records.RunRecord, record, f"{path}:{number + 1}")
+            facts = run.model_dump(include=set(Facts.model_fields))
+            facts |= {"digest": header.digest, "package": header.package}
+            return parse(Facts, facts, str(path))
+    raise FedamoleError(f"{path}: has no run record")
+
+
+def describe(
+    folder: Path,
+    paths: Iterable[Path],
+    machine: Machine,
+    settings: ResultsStage | None = None,
+    old: Manifest | None = None,
+) -> Manifest:
+    """Describe the metrics files of a folder.
+
+    What the old manifest says of versions and machine stays for a file whose bytes are the same.
+    Every other file must have been made by this code under the settings; it gets the machine given.
+
+    Parameters
+    ----------
+    folder
+        Where the manifest will lie.
+    paths
+        Metrics files in the folder.
+    machine
+        Where this process runs. Metrics files do not say where they were made.
+    settings
+        Of the tables; None accepts only files of the old manifest.
+    old
+        The manifest so far, if there is one.
+
+    Raises
+    ------
+    FedamoleError
+        One line for each file that is broken, in a wrong place, or of unknown code.
+    """
+    known = old or Manifest(files={}, machines=[])
+    files: dict[str, Entry] = {}
+    machines: list[Machine] = []
+    problems: list[str] = []
+    for path in sorted(paths):
+        try:
+            entry, where = _entry(folder, path, machine, settings, known)
+        except FedamoleError as error:
+            problems.append(str(error))
+            continue
+        machines += [where] if where not in machines else []
+        name = metrics_name(entry.scenario, entry.method)
+        files[name] = entry.model_copy(update={"machine": machines.index(where)})
+    if problems:
+        raise FedamoleError("\n".join(problems))
+    return Manifest(files=files, machines=machines)
+
+
+def _entry(
+    folder: Path, path: Path, machine: Machine, settings: ResultsStage | None, known: Manifest
+) -> tuple[Entry, Machine]:
+    """Describe one file, whose every line is checked, and say which machine it is of."""
+    read_run(path)
+    content = path.read_bytes()
+    facts = facts_of(content, path)
+    name = metrics_name(facts.scenario, facts.method)
+    if path.absolute() != (folder / name).absolute():
+        raise FedamoleError(
+            f"{path}: holds {facts.method} on {facts.scenario}; its place is {folder / name}"
+        )
+    sha256 = hashlib.sha256(content).hexdigest()
+    before = known.files.get(name)
+    if before and before.sha256 == sha256:
+        versions, machine = before.versions, known.machines[before.machine]
+    else:
+        versions = _versions_by(settings, facts, path)
+    entry = Entry(
+        **facts.model_dump(), sha256=sha256, size=len(content), versions=versions, machine=0
+    )
+    return entry, machine
+
+
+def _versions_by(settings: ResultsStage | None, facts: Facts, path: Path) -> Versions:
+    """Versions of this code, once the settings show that it made a file."""
+    if settings is None:
+        raise FedamoleError(
+            f"{path}: no manifest knows this file; --configfile says which study it is of"
+        )
+    wanted = settings.digests.get(facts.scenario, {}).get(facts.method)
+    if wanted is None:
+        raise FedamoleError(f"{path}: {facts.method} on {facts.scenario} is not in the settings")
+    if wanted != facts.digest:
+        raise FedamoleError(
+            f"{path}: was made with other settings or by other code (digest {facts.digest[:12]}, "
+            f"the settings give {wanted[:12]})"
+        )
+    return versions_of(lookup(facts.method).run)
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write a manifest; the digest in its header is that of its own content."""
+    content = manifest.model_dump(mode="json")
+    write_record(path, Header(KIND, _own_digest(content)), content)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read the manifest of a folder.
+
+    Raises
+    ------
+    FedamoleError
+        If there is none, or it is broken or was changed.
+    """
+    content = content_of(path)
+    if content is None:
+        raise FedamoleError(
+            f"{path}: there is no manifest; where the study was run, make one: "
+            f"fedamole cache manifest {path.parent} --configfile FILE"
+        )
+    return parse_manifest(content, path)
+
+
+def parse_manifest(text: bytes, path: Path) -> Manifest:
+    """Read a manifest from its bytes; the path is for messages.
+
+    Raises
+    ------
+    FedamoleError
+        If it is broken or was changed.
+    """
+    header, content = parse_record(text, path, KIND)
+    if header.digest != _own_digest(content):
+        raise FedamoleError(
+            f"{path}: was changed after it was written (its content does not have the digest that "
+            f"it names, {header.digest[:12]}); take the original, or delete it and make it anew"
+        )
+    return parse(Manifest, content, str(path))
+
+
+def _own_digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical(content).encode()).hexdigest()
+
+
+def content_of(path: Path) -> bytes | None:
+    """Bytes of a file; None if there is none.
+
+    Raises
+    ------
+    FedamoleError
+        If it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise FedamoleError(f"{path}: cannot be read ({error.strerror})") from error
