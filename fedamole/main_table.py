@@ -74,7 +74,7 @@ def _published(settings: ResultsStage, scenario: str | None) -> dict[str, float]
     if paper is None:
         return {}
     return {
-        f"gain in the paper\n({paper.source})": number.value / PERCENT
+        f"gain in the paper:\n{paper.source}": number.value / PERCENT
         for number in paper.numbers
         if number.what in ("gain", "average gain")
         and (number.method, number.scenario) == (settings.tables.reference, scenario)

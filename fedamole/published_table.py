@@ -66,12 +66,7 @@ def published_notes(settings: ResultsStage) -> list[str]:
     paper = _paper(settings)
     notes = [f"paper: {paper.source}" + (f"; {paper.setting}" if paper.setting else "")]
     if any(number.what == "average gain" for number in paper.numbers):
-        count = len(settings.scenarios)
-        plural = "" if count == 1 else "s"
-        notes.append(
-            f"average gain of this study: over {count} scenario{plural}, "
-            f"{', '.join(settings.scenarios)}"
-        )
+        notes.append(f"average gain of this study: over {', '.join(settings.scenarios)}")
     return notes
 
 

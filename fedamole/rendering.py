@@ -2,10 +2,12 @@
 
 import html
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Literal
+
+from fedamole.markup import HTML, LATEX, MARKDOWN, Markup, escape_latex
 
 PERCENT = 100
 MANY_COLUMNS = 6
@@ -90,32 +92,6 @@ Table = Sequence[Column] | Listing
 
 
 @dataclass(frozen=True)
-class Markup:
-    """What a text format writes around texts and numbers.
-
-    Attributes
-    ----------
-    best, second
-        Patterns for the best and the second best number.
-    plus_minus
-        Sign between mean and standard deviation.
-    percent
-        Pattern of a gain, with its unit.
-    text
-        Makes a text safe; a newline is a place where it may break.
-    title
-        The same for the title of a column of numbers.
-    """
-
-    best: str
-    second: str
-    plus_minus: str
-    percent: str
-    text: Callable[[str], str]
-    title: Callable[[str], str]
-
-
-@dataclass(frozen=True)
 class _Texts:
     """A table as it is printed: blocks of lines, the first of them the head; which are numbers."""
 
@@ -172,7 +148,7 @@ def latex(table: Table, reference: str, decimals: int, grid: str | None = None) 
 
 def latex_notes(notes: Sequence[str]) -> str:
     """Small lines below a ``tabular``."""
-    return "".join(f"\\par{{\\footnotesize {_escape(text)}\\par}}\n" for text in notes)
+    return "".join(f"\\par{{\\footnotesize {escape_latex(text)}\\par}}\n" for text in notes)
 
 
 def html_table(
@@ -219,7 +195,8 @@ def _listed(table: Listing, decimals: int, markup: Markup) -> _Texts:
 
     def printed(entry: str | Cell | None) -> str:
         if isinstance(entry, Cell):
-            return number(entry.mean, decimals) + _deviation(entry, f".{decimals}f", markup)
+            mean = _signed(number(entry.mean, decimals), markup)
+            return mean + _deviation(entry, f".{decimals}f", markup)
         return markup.text(entry or "")
 
     body = [[printed(entry) for entry in line] for line in table.lines]
@@ -293,9 +270,15 @@ def _print(column: Column, ranking: Sequence[str], decimals: int, markup: Markup
     patterns = dict(zip(ranking, (markup.best, markup.second), strict=False))
     means = {row: formatted(cell.mean, spec) for row, cell in column.cells.items()}
     return {
-        row: patterns.get(means[row], "{}").format(means[row]) + _deviation(cell, spec, markup)
+        row: patterns.get(means[row], "{}").format(_signed(means[row], markup))
+        + _deviation(cell, spec, markup)
         for row, cell in column.cells.items()
     }
+
+
+def _signed(text: str, markup: Markup) -> str:
+    """A printed number with the minus of a format."""
+    return markup.minus + text[1:] if text.startswith("-") else text
 
 
 def _spec(column: Column, decimals: int) -> str:
@@ -319,39 +302,3 @@ def formatted(value: float, spec: str) -> str:
         return "n/a"
     text = format(value, spec)
     return text if float(text) else format(0.0, spec)
-
-
-def _escape(text: str) -> str:
-    """Escape what LaTeX would read as commands."""
-    special = {char: f"\\{char}" for char in "&%$#_{}"}
-    special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(special.get(char, char) for char in text)
-
-
-def _stacked(text: str, side: Literal["l", "r"]) -> str:
-    """Text for LaTeX whose lines stand on top of each other; the kernel has all that it needs."""
-    lines = r"\\".join(_escape(text).split("\n"))
-    return rf"\shortstack[{side}]{{{lines}}}" if "\n" in text else lines
-
-
-def _one_line(text: str) -> str:
-    """Text for a Markdown table, which has no line breaks."""
-    return text.replace("\n", " ").replace("|", r"\|")
-
-
-def _broken(text: str) -> str:
-    """Text for HTML."""
-    return html.escape(text).replace("\n", "<br>")
-
-
-# GitHub shows <ins> underlined, and drops <u>.
-MARKDOWN = Markup("**{}**", "<ins>{}</ins>", " ± ", "{} %", _one_line, _one_line)
-HTML = Markup("<b>{}</b>", "<u>{}</u>", " &plusmn; ", "{} %", _broken, _broken)
-LATEX = Markup(
-    best=r"\textbf{{{}}}",
-    second=r"\underline{{{}}}",
-    plus_minus=r" $\pm$ ",
-    percent=r"${}$\,\%",
-    text=lambda text: _stacked(text, "l"),
-    title=lambda text: _stacked(text, "r"),
-)

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from fedamole.comparison import compared, counted, known
+from fedamole.comparison import compared, counted, known, note
+from fedamole.records import METRIC_LABELS
 from fedamole.rendering import PERCENT, Cell, Column
 from fedamole.results import Metrics
 from fedamole.stages import ResultsStage
@@ -30,9 +31,8 @@ EXACT_PAIRS_WITH_TIES = 12
 # Scores are shares of a few hundred examples; what differs by less is a rounding error.
 DECIMALS = 12
 POOLED = "all scenarios"
-NOTES = (
-    "Wilcoxon signed-rank test, two-sided, over the pairs (client, seed); p (Holm): adjusted for "
-    "all rows of the table.",
+_NOTES = (
+    "Wilcoxon signed-rank test, two-sided; p (Holm): adjusted for all rows of the table.",
     "The clients of one seed share a backbone, a split and most of what is trained: they are not "
     "independent, and p is too small rather than too large.",
 )
@@ -165,10 +165,10 @@ def holm(values: Sequence[float]) -> list[float]:
 def significance_columns(
     found: Mapping[str, Mapping[str, Comparison]], settings: ResultsStage
 ) -> dict[str, list[Column]]:
-    """Columns of each table by its title; differences in percentage points."""
+    """Columns of the table of each scenario; differences in percentage points."""
     signed = f"+.{settings.tables.decimals}f"
     return {
-        f"{name}: {settings.tables.reference} minus the other method": [
+        name: [
             Column("pairs", {m: Cell(row.pairs) for m, row in rows.items()}, spec=".0f"),
             Column("unequal", {m: Cell(row.unequal) for m, row in rows.items()}, spec=".0f"),
             Column(
@@ -189,6 +189,20 @@ def significance_columns(
         ]
         for name, rows in found.items()
     }
+
+
+def significance_notes(metrics: Metrics, settings: ResultsStage, name: str) -> list[str]:
+    """What is to be said below the table of a scenario, or of all of them."""
+    names = list(settings.scenarios) if name == POOLED else [name]
+    labels = list(dict.fromkeys(METRIC_LABELS[settings.metrics[each]] for each in names))
+    mixed = [f"Differences of {' and '.join(labels)} are ranked together."]
+    return [
+        f"Differences: {settings.tables.reference} minus the other method, over the pairs "
+        + ("(scenario, client, seed)." if name == POOLED else "(client, seed)."),
+        *_NOTES,
+        *(mixed if len(labels) > 1 else []),
+        *(line for n in names for line in note(metrics, settings, settings.scenarios[n], n)),
+    ]
 
 
 def significance_rows(

@@ -32,28 +32,33 @@ def sweep_columns(metrics: Metrics, settings: ResultsStage) -> dict[str, list[Co
             name: scenario_cells(metrics, settings, name, mean_score, scale=PERCENT)
             for name in points
         }
-        title = score_title(settings, points[0])
-        if len(sweep_keys(settings)) == 1:
-            tables[f"{base}: {title}"] = _by_method(scores, settings)
-            continue
-        for method in settings.methods:
-            tables[f"{base}, {method}: {title}"] = _grid(scores, method, settings)
+        if sweep_grid(settings) is None:
+            columns = [_by_method(scores, settings)]
+        else:
+            columns = [_grid(scores, method, settings) for method in settings.methods]
+        tables |= zip(_titles(base, settings), columns, strict=True)
     return tables
 
 
 def sweep_notes(metrics: Metrics, settings: ResultsStage) -> dict[str, list[str]]:
     """What is to be said below a table, by its title."""
-    bases = _bases(settings)
     return {
         title: [
             line
-            for base, points in bases.items()
-            if title.startswith((f"{base}: ", f"{base}, "))
             for name in points
             for line in note(metrics, settings, settings.scenarios[name], name)
         ]
-        for title in sweep_columns(metrics, settings)
+        for base, points in _bases(settings).items()
+        for title in _titles(base, settings)
     }
+
+
+def _titles(base: str, settings: ResultsStage) -> list[str]:
+    """Titles of the tables of a scenario of the config: one, or a grid for each method."""
+    metric = score_title(settings, _bases(settings)[base][0])
+    if sweep_grid(settings) is None:
+        return [f"{base}: {metric}"]
+    return [f"{base}, {method}: {metric}" for method in settings.methods]
 
 
 def _bases(settings: ResultsStage) -> dict[str, list[str]]:

@@ -19,7 +19,12 @@ from fedamole.published_table import published_listing, published_notes, publish
 from fedamole.rendering import Table, html_page, html_table, latex, latex_notes, markdown
 from fedamole.results import Metrics, csv_text, slugs_of, tables
 from fedamole.settings.output import TableName
-from fedamole.significance import NOTES, significance, significance_columns, significance_rows
+from fedamole.significance import (
+    significance,
+    significance_columns,
+    significance_notes,
+    significance_rows,
+)
 from fedamole.spread_table import spread_columns, spread_rows
 from fedamole.stages import ResultsStage
 from fedamole.sweep_table import sweep_columns, sweep_grid, sweep_notes, sweep_rows
@@ -84,7 +89,7 @@ def _significance(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
     """Render the tables of tests of the reference method."""
     found = significance(metrics, settings)
     columns = significance_columns(found, settings)
-    remarks = {title: [*NOTES, *_compared(metrics, settings)] for title in columns}
+    remarks = {name: significance_notes(metrics, settings, name) for name in columns}
     files = {"significance.csv": csv_text(significance_rows(found, settings))}
     return files | titled("significance", "Significance", columns, settings, remarks)
 

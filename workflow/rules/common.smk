@@ -29,6 +29,15 @@ def load():
         raise WorkflowError(str(error)) from None
 
 
+def report_names():
+    """Name the tables and figures; one that the study has no numbers for ends the parse."""
+    shown = stages.results_stage(CONFIG)
+    try:
+        return {"tables": table_names(shown), "figures": figure_names(shown)}
+    except FedamoleError as error:
+        raise WorkflowError(str(error)) from None
+
+
 CONFIG = load()
 RESULTS = CONFIG.results
 SCENARIOS = CONFIG.scenario_seeds()
@@ -41,12 +50,9 @@ RUN = f"{RESULTS}/runs/{{scenario}}/{{run}}"
 ROUND = f"{RUN}/round_{{round}}"
 TRAINED = "(?!000)[0-9]+"
 PROGRESS = f"{RESULTS}/progress/{{scenario}}/{{run}}/round_{{round}}"
-TABLES = [
-    f"{RESULTS}/tables/{name}" for name in table_names(stages.results_stage(CONFIG))
-]
-FIGURES = [
-    f"{RESULTS}/figures/{name}" for name in figure_names(stages.results_stage(CONFIG))
-]
+REPORTS = report_names()
+TABLES = [f"{RESULTS}/tables/{name}" for name in REPORTS["tables"]]
+FIGURES = [f"{RESULTS}/figures/{name}" for name in REPORTS["figures"]]
 
 # Every round adds a few levels to the graph, which Snakemake walks by recursion.
 sys.setrecursionlimit(max(sys.getrecursionlimit(), 1000 + 50 * CONFIG.rounds))
