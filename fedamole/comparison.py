@@ -5,9 +5,11 @@ number for some of them, while an averaged model is tested on all. Means over ot
 compare clients, not methods.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
-from fedamole.records import ClientRecord
+from fedamole.records import METRIC_LABELS, ClientRecord
+from fedamole.rendering import Cell, over_seeds
 from fedamole.results import Metrics
 from fedamole.stages import ResultsStage
 
@@ -54,3 +56,48 @@ def note(metrics: Metrics, settings: ResultsStage, slugs: Sequence[str], title: 
     counts = str(numbers[0]) if len(set(numbers)) == 1 else ", ".join(map(str, numbers))
     each = "" if len(set(numbers)) == 1 else " (seed by seed)"
     return [f"{title}: over the clients with a number in every row, {counts} of {everyone}{each}"]
+
+
+def scenario_cells(
+    metrics: Metrics,
+    settings: ResultsStage,
+    name: str,
+    measure: Callable[[list[ClientRecord]], float],
+    scale: float = 1,
+) -> dict[str, Cell]:
+    """Mean and spread over the seeds of a scenario, for each method.
+
+    Parameters
+    ----------
+    metrics
+        All runs.
+    settings
+        The study; says which round counts.
+    name
+        Scenario, without the seed.
+    measure
+        Number of a run, from the records of the clients that are compared.
+    scale
+        Factor on the numbers.
+    """
+    slugs = settings.scenarios[name]
+    clients = {slug: compared(metrics, settings, slug) for slug in slugs}
+
+    def value(slug: str, method: str) -> float:
+        records = counted(metrics, settings, slug, method)
+        chosen = [record for record in records if record.client in clients[slug]]
+        return scale * measure(chosen) if chosen else math.nan
+
+    return {
+        method: over_seeds([value(slug, method) for slug in slugs]) for method in settings.methods
+    }
+
+
+def score_title(settings: ResultsStage, name: str) -> str:
+    """Name of the metric of a scenario, with the unit in which the tables print it."""
+    return f"{METRIC_LABELS[settings.metrics[name]]} (%)"
+
+
+def known(value: float | None) -> float | None:
+    """Leave a field of a tidy row empty where there is no number."""
+    return None if value is None or math.isnan(value) else value

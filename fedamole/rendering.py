@@ -3,11 +3,14 @@
 import html
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Literal
 
+from fedamole.markup import HTML, LATEX, MARKDOWN, Markup, escape_latex
+
 PERCENT = 100
+MANY_COLUMNS = 6
 STYLE = (
     "body{font-family:sans-serif;margin:2em}"
     "table{border-collapse:collapse;border-top:2px solid;border-bottom:2px solid}"
@@ -46,90 +49,123 @@ class Column:
     Attributes
     ----------
     title
-        Text of the head.
+        Text of the head; it may break at a newline.
     cells
-        Method -> number, in the unit that is printed.
+        Row, such as a method -> number, in the unit that is printed.
     best
         Which numbers are better; None ranks nothing.
     gain
         Gain of the reference method, as a fraction; None leaves the field empty, not a number
         prints ``n/a``.
+    spec
+        Format of the numbers, as Python writes it; default: the decimals of the table.
+    below
+        Label of a line below the gain -> fraction; a field without one stays empty.
     """
 
     title: str
     cells: dict[str, Cell]
     best: Literal["highest", "lowest"] | None = None
     gain: float | None = None
+    spec: str | None = None
+    below: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Markup:
-    """What a text format writes around numbers.
+class Listing:
+    """A table whose lines are no methods: texts and numbers under a head, none of them ranked.
 
     Attributes
     ----------
-    best, second
-        Patterns for the best and the second best number.
-    plus_minus
-        Sign between mean and standard deviation.
-    percent
-        Pattern of a gain, with its unit.
+    head
+        Titles.
+    lines
+        One entry per title; None leaves a field empty.
     """
 
-    best: str
-    second: str
-    plus_minus: str
-    percent: str
+    head: Sequence[str]
+    lines: Sequence[Sequence[str | Cell | None]]
 
 
-MARKDOWN = Markup("**{}**", "{}", " ± ", "{} %")
-HTML = Markup("<b>{}</b>", "<u>{}</u>", " &plusmn; ", "{} %")
-LATEX = Markup(r"\textbf{{{}}}", r"\underline{{{}}}", r" $\pm$ ", r"${}$\,\%")
+# What can be printed.
+Table = Sequence[Column] | Listing
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """A table as it is printed: blocks of lines, the first of them the head; which are numbers."""
+
+    blocks: list[list[list[str]]]
+    is_number: list[bool]
 
 
 def markdown(
-    columns: Sequence[Column], reference: str, decimals: int, notes: Sequence[str] = ()
+    table: Table,
+    reference: str,
+    decimals: int,
+    notes: Sequence[str] = (),
+    grid: str | None = None,
 ) -> str:
-    """GitHub table: best numbers bold, the gain of the reference in the last line; notes below."""
-    head = ["method", *(column.title for column in columns)]
-    rule = [":---", *("---:" for _ in columns)]
-    lines = [
-        head,
-        rule,
-        *_body(columns, decimals, MARKDOWN),
-        *_gain(columns, reference, decimals, MARKDOWN),
-    ]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return table + "".join(f"\n{text}\n" for text in notes)
+    """GitHub table: best numbers bold, second best underlined, the gain last; notes below.
+
+    Parameters
+    ----------
+    table
+        What to print.
+    reference
+        Method whose gain is given.
+    decimals
+        Decimals of the numbers.
+    notes
+        Texts below the table.
+    grid
+        Title of the rows of a table that is ranked as a whole; None: the rows are methods, and each
+        column is ranked for itself.
+    """
+    texts = _texts(table, reference, decimals, grid, MARKDOWN)
+    (head,), *blocks = texts.blocks
+    rule = ["---:" if number else ":---" for number in texts.is_number]
+    lines = [head, rule, *(line for block in blocks for line in block)]
+    rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return rows + "".join(f"\n{text}\n" for text in notes)
 
 
-def latex(columns: Sequence[Column], reference: str, decimals: int) -> str:
-    """``tabular`` for booktabs: best numbers bold, second best underlined, the gain at the end."""
-    head = [_escape(text) for text in ["method", *(column.title for column in columns)]]
-    body = [[_escape(line[0]), *line[1:]] for line in _body(columns, decimals, LATEX)]
-    last = [[_escape(line[0]), *line[1:]] for line in _gain(columns, reference, decimals, LATEX)]
-    blocks = [block for block in ([head], body, last) if block]
+def latex(table: Table, reference: str, decimals: int, grid: str | None = None) -> str:
+    """``tabular`` for booktabs: best numbers bold, second best underlined, the gain at the end.
+
+    Needs no other package. A table of many columns is set small. See :func:`markdown`.
+    """
+    texts = _texts(table, reference, decimals, grid, LATEX)
     rows = "\\midrule\n".join(
-        "".join(" & ".join(line) + " \\\\\n" for line in block) for block in blocks
+        "".join(" & ".join(line) + " \\\\\n" for line in block) for block in texts.blocks
     )
-    layout = "l" + "r" * len(columns)
-    return f"\\begin{{tabular}}{{{layout}}}\n\\toprule\n{rows}\\bottomrule\n\\end{{tabular}}\n"
+    layout = "".join("r" if number else "l" for number in texts.is_number)
+    tabular = f"\\begin{{tabular}}{{{layout}}}\n\\toprule\n{rows}\\bottomrule\n\\end{{tabular}}\n"
+    if len(layout) <= MANY_COLUMNS:
+        return tabular
+    return f"{{\\footnotesize\\setlength{{\\tabcolsep}}{{3pt}}%\n{tabular}}}\n"
 
 
 def latex_notes(notes: Sequence[str]) -> str:
     """Small lines below a ``tabular``."""
-    return "".join(f"\\par{{\\footnotesize {_escape(text)}\\par}}\n" for text in notes)
+    return "".join(f"\\par{{\\footnotesize {escape_latex(text)}\\par}}\n" for text in notes)
 
 
 def html_table(
-    columns: Sequence[Column], reference: str, decimals: int, notes: Sequence[str] = ()
+    table: Table,
+    reference: str,
+    decimals: int,
+    notes: Sequence[str] = (),
+    grid: str | None = None,
 ) -> str:
-    """HTML ``table``: best bold, second best underlined, the gain in the last line; notes below."""
-    head = [html.escape(text) for text in ["method", *(column.title for column in columns)]]
-    lines = _body(columns, decimals, HTML) + _gain(columns, reference, decimals, HTML)
+    """HTML ``table``: best numbers bold, second best underlined, the gain last; notes below.
+
+    See :func:`markdown`.
+    """
+    texts = _texts(table, reference, decimals, grid, HTML)
+    (head,), *blocks = texts.blocks
     rows = [f"<tr><th>{'</th><th>'.join(head)}</th></tr>"]
-    for name, *texts in lines:
-        rows.append(f"<tr><td>{html.escape(name)}</td><td>{'</td><td>'.join(texts)}</td></tr>")
+    rows += [f"<tr><td>{'</td><td>'.join(line)}</td></tr>" for block in blocks for line in block]
     below = "".join(f"<p>{html.escape(text)}</p>\n" for text in notes)
     return "<table>\n" + "\n".join(rows) + "\n</table>\n" + below
 
@@ -143,20 +179,67 @@ def html_page(title: str, tables: Mapping[str, str]) -> str:
     )
 
 
-def _body(columns: Sequence[Column], decimals: int, markup: Markup) -> list[list[str]]:
-    """One line of texts per method: its name, its numbers."""
-    printed = [_print(column, decimals, markup) for column in columns]
-    return [[method, *(texts[method] for texts in printed)] for method in columns[0].cells]
+def _texts(table: Table, reference: str, decimals: int, grid: str | None, markup: Markup) -> _Texts:
+    """Print a table in a format."""
+    if isinstance(table, Listing):
+        return _listed(table, decimals, markup)
+    corner = markup.text("method" if grid is None else grid)
+    head = [corner, *(markup.title(column.title) for column in table)]
+    body = _body(table, decimals, grid is not None, markup)
+    blocks = [[head], body, _below(table, reference, decimals, markup)]
+    return _Texts([block for block in blocks if block], [False, *(True for _ in table)])
 
 
-def _gain(
+def _listed(table: Listing, decimals: int, markup: Markup) -> _Texts:
+    """Print texts as they are, and numbers with their deviation."""
+
+    def printed(entry: str | Cell | None) -> str:
+        if isinstance(entry, Cell):
+            mean = _signed(number(entry.mean, decimals), markup)
+            return mean + _deviation(entry, f".{decimals}f", markup)
+        return markup.text(entry or "")
+
+    body = [[printed(entry) for entry in line] for line in table.lines]
+    columns = list(zip(*table.lines, strict=True))
+    is_number = [not any(isinstance(entry, str) for entry in column) for column in columns]
+    return _Texts([[[markup.text(text) for text in table.head]], body], is_number)
+
+
+def _body(
+    columns: Sequence[Column], decimals: int, together: bool, markup: Markup
+) -> list[list[str]]:
+    """One line of texts per row: its name, its numbers."""
+    rankings = [_ranking([column], decimals) for column in columns]
+    if together:
+        rankings = [_ranking(columns, decimals)] * len(columns)
+    printed = [
+        _print(column, ranking, decimals, markup)
+        for column, ranking in zip(columns, rankings, strict=True)
+    ]
+    return [[markup.text(row), *(texts[row] for texts in printed)] for row in columns[0].cells]
+
+
+def _below(
     columns: Sequence[Column], reference: str, decimals: int, markup: Markup
 ) -> list[list[str]]:
-    """Give the line with the gains; no line if no column has one."""
-    if all(column.gain is None for column in columns):
-        return []
-    gains = ["" if c.gain is None else _percent(c.gain, decimals, markup) for c in columns]
-    return [[f"gain of {reference} over the best other", *gains]]
+    """Give the lines below: the gain, and what stands under it; none that no column has."""
+    gain = f"gain of {reference}\nover the best other"
+    fields = [
+        ({} if column.gain is None else {gain: column.gain}) | dict(column.below)
+        for column in columns
+    ]
+    labels = list(dict.fromkeys([gain, *(label for found in fields for label in found)]))
+    return [
+        [
+            markup.text(label),
+            *(
+                _percent(found[label], decimals, markup) if label in found else ""
+                for found in fields
+            ),
+        ]
+        for label in labels
+        if any(label in found for found in fields)
+    ]
 
 
 def _percent(value: float, decimals: int, markup: Markup) -> str:
@@ -165,32 +248,57 @@ def _percent(value: float, decimals: int, markup: Markup) -> str:
     return markup.percent.format(number(PERCENT * value, decimals, sign="+"))
 
 
-def _print(column: Column, decimals: int, markup: Markup) -> dict[str, str]:
-    """Map each method to its marked number in a column."""
-    means = {method: number(cell.mean, decimals) for method, cell in column.cells.items()}
-    # Ranked as printed: two numbers that a reader cannot tell apart are marked alike.
-    known = {means[method] for method, cell in column.cells.items() if not math.isnan(cell.mean)}
-    ranking = sorted(known, key=float, reverse=column.best == "highest")
-    patterns = {}
-    if column.best and len(means) > 1:
-        patterns = dict(zip(ranking, (markup.best, markup.second), strict=False))
-    texts = {}
-    for method, cell in column.cells.items():
-        spread = "" if cell.std is None else markup.plus_minus + number(cell.std, decimals)
-        texts[method] = patterns.get(means[method], "{}").format(means[method]) + spread
-    return texts
+def _ranking(columns: Sequence[Column], decimals: int) -> list[str]:
+    """Printed numbers from the best to the worst, each once; none if there is nothing to rank.
+
+    Ranked as printed: two numbers that a reader cannot tell apart are marked alike.
+    """
+    cells = [(column, cell) for column in columns for cell in column.cells.values()]
+    if columns[0].best is None or len(cells) < 2:
+        return []
+    known = {
+        formatted(cell.mean, _spec(column, decimals))
+        for column, cell in cells
+        if not math.isnan(cell.mean)
+    }
+    return sorted(known, key=float, reverse=columns[0].best == "highest")
+
+
+def _print(column: Column, ranking: Sequence[str], decimals: int, markup: Markup) -> dict[str, str]:
+    """Map each row to its marked number in a column."""
+    spec = _spec(column, decimals)
+    patterns = dict(zip(ranking, (markup.best, markup.second), strict=False))
+    means = {row: formatted(cell.mean, spec) for row, cell in column.cells.items()}
+    return {
+        row: patterns.get(means[row], "{}").format(_signed(means[row], markup))
+        + _deviation(cell, spec, markup)
+        for row, cell in column.cells.items()
+    }
+
+
+def _signed(text: str, markup: Markup) -> str:
+    """A printed number with the minus of a format."""
+    return markup.minus + text[1:] if text.startswith("-") else text
+
+
+def _spec(column: Column, decimals: int) -> str:
+    """Format of the numbers of a column."""
+    return column.spec or f".{decimals}f"
+
+
+def _deviation(cell: Cell, spec: str, markup: Markup) -> str:
+    """What follows a mean over seeds; nothing for a single number."""
+    return "" if cell.std is None else markup.plus_minus + formatted(cell.std, spec)
 
 
 def number(value: float, decimals: int, sign: Literal["-", "+"] = "-") -> str:
     """Print a number with fixed decimals; zero never has a minus, and what is no number is n/a."""
+    return formatted(value, f"{sign}.{decimals}f")
+
+
+def formatted(value: float, spec: str) -> str:
+    """Print a number as Python does; zero never has a minus, and what is no number is n/a."""
     if math.isnan(value):
         return "n/a"
-    # Adding 0.0 turns the -0.0 that rounding may leave into 0.0.
-    return f"{round(value, decimals) + 0.0:{sign}.{decimals}f}"
-
-
-def _escape(text: str) -> str:
-    """Escape what LaTeX would read as commands."""
-    special = {char: f"\\{char}" for char in "&%$#_{}"}
-    special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(special.get(char, char) for char in text)
+    text = format(value, spec)
+    return text if float(text) else format(0.0, spec)

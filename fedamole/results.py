@@ -39,9 +39,20 @@ def table_names(settings: ResultsStage) -> list[str]:
 
 
 def tables(settings: ResultsStage) -> list[TableName]:
-    """Names of the tables: those that the config names, or all that the study has numbers for."""
+    """Names of the tables: those that the config names, or all that the study has numbers for.
+
+    Raises
+    ------
+    FedamoleError
+        If the config names a table that the study has no numbers for.
+    """
     chosen = settings.tables.show
-    return chosen if chosen is not None else [t for t in TABLE_NAMES if _fits(t, settings)]
+    if chosen is None:
+        return [name for name in TABLE_NAMES if _fits(name, settings)]
+    for name in chosen:
+        if name in _NEEDS and not _fits(name, settings):
+            raise FedamoleError(f"tables: show: {name} needs {_NEEDS[name]}")
+    return chosen
 
 
 def figure_names(settings: ResultsStage) -> list[str]:
@@ -82,8 +93,16 @@ def _fits(name: TableName | FigureName, settings: ResultsStage) -> bool:
         return settings.tables.reference in settings.methods and bool(others)
     if name == "published":
         return settings.tables.published is not None
-    # Costs differ from machine to machine, and old metrics have no map.
+    # Costs differ from machine to machine, old metrics have no map: only where they are asked for.
     return name not in ("overhead", "routing")
+
+
+_NEEDS: dict[TableName, str] = {
+    "significance": "the reference method and another one among the methods",
+    "assignments": "a method with experts",
+    "sweep": "a sweep",
+    "published": "numbers of a paper, in tables: published",
+}
 
 
 def slugs_of(settings: ResultsStage) -> list[str]:

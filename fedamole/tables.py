@@ -1,41 +1,33 @@
-"""Tables of a study: methods x scenarios, x clients, x measures of their assignments.
+"""Tables of a study, each as csv, Markdown, LaTeX and HTML.
 
-As csv, Markdown, LaTeX and HTML.
-
-The middle of ``fedamole tables``: metrics in, texts out. The same metrics give the same bytes.
-
-A score is the unweighted mean over the clients that have a number in every row, then the mean and
-the sample standard deviation over seeds (arXiv:2411.19128, section 5.1). The gain of the reference
-method r in a scenario is (score_r - b) / b, where b is the best score of the other methods.
+The middle of ``fedamole tables``: metrics in, texts out. The same metrics give the same bytes. Each
+table is worked out in a module of its own; here it gets its files.
 """
 
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from statistics import fmean
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from fedamole.assignment_table import (
     assignment_columns,
     assignment_rows,
     measured_assignments,
 )
-from fedamole.comparison import compared, counted, note, sizes
-from fedamole.privacy_tables import client_epsilon_columns, epsilon_columns, privacy_fields
-from fedamole.records import METRIC_LABELS, ClientRecord
-from fedamole.rendering import (
-    PERCENT,
-    Cell,
-    Column,
-    html_page,
-    html_table,
-    latex,
-    latex_notes,
-    markdown,
-    over_seeds,
-)
-from fedamole.results import Metrics, csv_text, mean_loss, mean_score, slugs_of, tables
+from fedamole.clients_table import clients_columns, clients_rows
+from fedamole.comparison import note
+from fedamole.main_table import loss_columns, main_rows, score_columns
+from fedamole.privacy_tables import client_epsilon_columns, epsilon_columns
+from fedamole.published_table import published_listing, published_notes, published_rows
+from fedamole.rendering import Table, html_page, html_table, latex, latex_notes, markdown
+from fedamole.results import Metrics, csv_text, slugs_of, tables
 from fedamole.settings.output import TableName
+from fedamole.significance import (
+    significance,
+    significance_columns,
+    significance_notes,
+    significance_rows,
+)
+from fedamole.spread_table import spread_columns, spread_rows
 from fedamole.stages import ResultsStage
+from fedamole.sweep_table import sweep_columns, sweep_grid, sweep_notes, sweep_rows
 
 
 def table_files(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
@@ -58,11 +50,7 @@ def _main(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
     blocks = [block for block in (scores, losses, epsilon_columns(metrics, settings)) if block]
     columns = [column for block in blocks for column in block]
     reference, decimals = settings.tables.reference, settings.tables.decimals
-    notes = [
-        line
-        for name, slugs in settings.scenarios.items()
-        for line in note(metrics, settings, slugs, name)
-    ]
+    notes = _compared(metrics, settings)
     texts = [latex(block, reference, decimals) for block in blocks]
     return {
         "main.html": html_page(
@@ -86,6 +74,26 @@ def _clients(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
     return files | titled("clients", "Client by client", clients, settings, remarks)
 
 
+def _spread(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
+    """Render the tables of the spread over clients."""
+    columns = spread_columns(metrics, settings)
+    remarks = {
+        title: note(metrics, settings, slugs, name)
+        for title, (name, slugs) in zip(columns, settings.scenarios.items(), strict=True)
+    }
+    files = {"spread.csv": csv_text(spread_rows(metrics, settings))}
+    return files | titled("spread", "Spread over clients", columns, settings, remarks)
+
+
+def _significance(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
+    """Render the tables of tests of the reference method."""
+    found = significance(metrics, settings)
+    columns = significance_columns(found, settings)
+    remarks = {name: significance_notes(metrics, settings, name) for name in columns}
+    files = {"significance.csv": csv_text(significance_rows(found, settings))}
+    return files | titled("significance", "Significance", columns, settings, remarks)
+
+
 def _assignments(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
     """Render the tables of assignments."""
     measured = measured_assignments(metrics, settings)
@@ -93,223 +101,67 @@ def _assignments(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
     return files | titled("assignments", "Assignments", assignment_columns(measured), settings)
 
 
+def _sweep(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
+    """Render the tables of a sweep."""
+    columns, remarks = sweep_columns(metrics, settings), sweep_notes(metrics, settings)
+    files = {"sweep.csv": csv_text(sweep_rows(metrics, settings))}
+    return files | titled("sweep", "Sweep", columns, settings, remarks, sweep_grid(settings))
+
+
+def _published(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
+    """Render the table of published numbers."""
+    title = "Published numbers"
+    listing, remarks = published_listing(metrics, settings), published_notes(settings)
+    files = {"published.csv": csv_text(published_rows(metrics, settings))}
+    return files | titled("published", title, {title: listing}, settings, {title: remarks})
+
+
+def _compared(metrics: Metrics, settings: ResultsStage) -> list[str]:
+    """Say of each scenario on how many clients it is compared, where these are not all."""
+    return [
+        line
+        for name, slugs in settings.scenarios.items()
+        for line in note(metrics, settings, slugs, name)
+    ]
+
+
 def titled(
     name: str,
     heading: str,
-    tables: dict[str, list[Column]],
+    tables: Mapping[str, Table],
     settings: ResultsStage,
     notes: Mapping[str, Sequence[str]] | None = None,
+    grid: str | None = None,
 ) -> dict[str, str]:
-    """Render several tables, each under its title and over its notes, into one file per format."""
+    """Render several tables, each under its title and over its notes, into one file per format.
+
+    See :func:`fedamole.rendering.markdown` for ``grid``.
+    """
     reference, decimals = settings.tables.reference, settings.tables.decimals
     below = {title: (notes or {}).get(title, ()) for title in tables}
     page = {
-        title: html_table(columns, reference, decimals, below[title])
+        title: html_table(columns, reference, decimals, below[title], grid)
         for title, columns in tables.items()
     }
     return {
         f"{name}.html": html_page(heading, page),
         f"{name}.md": "\n".join(
-            f"**{title}**\n\n{markdown(columns, reference, decimals, below[title])}"
+            f"**{title}**\n\n{markdown(columns, reference, decimals, below[title], grid)}"
             for title, columns in tables.items()
         ),
         f"{name}.tex": "\n".join(
-            f"% {title}\n{latex(columns, reference, decimals)}{latex_notes(below[title])}"
+            f"% {title}\n{latex(columns, reference, decimals, grid)}{latex_notes(below[title])}"
             for title, columns in tables.items()
         ),
     }
-
-
-# What the tables say
-
-
-def score_columns(metrics: Metrics, settings: ResultsStage) -> list[Column]:
-    """Scores in percent, one column per scenario, and their average if there are several."""
-    columns = []
-    for name, metric in _scenarios(settings):
-        cells = main_cells(metrics, settings, name, mean_score, scale=PERCENT)
-        title = f"{name} {METRIC_LABELS[metric]} (%)"
-        columns.append(Column(title, cells, "highest", gain(cells, settings.tables.reference)))
-    if len(columns) > 1:
-        columns.append(_average(columns))
-    return columns
-
-
-def loss_columns(metrics: Metrics, settings: ResultsStage) -> list[Column]:
-    """Losses on the evaluation set in nats per token, one column per scenario."""
-    return [
-        Column(f"{name} eval loss", main_cells(metrics, settings, name, mean_loss), "lowest")
-        for name, _ in _scenarios(settings)
-    ]
-
-
-def main_cells(
-    metrics: Metrics,
-    settings: ResultsStage,
-    name: str,
-    measure: Callable[[list[ClientRecord]], float],
-    scale: float = 1,
-) -> dict[str, Cell]:
-    """Mean and spread over the seeds of a scenario, for each method.
-
-    Parameters
-    ----------
-    metrics
-        All runs.
-    settings
-        The study; says which round counts.
-    name
-        Scenario, without the seed.
-    measure
-        Mean over clients of a run.
-    scale
-        Factor on the numbers.
-    """
-    slugs = settings.scenarios[name]
-    clients = {slug: compared(metrics, settings, slug) for slug in slugs}
-
-    def mean(slug: str, method: str) -> float:
-        records = counted(metrics, settings, slug, method)
-        chosen = [record for record in records if record.client in clients[slug]]
-        return scale * measure(chosen) if chosen else math.nan
-
-    return {
-        method: over_seeds([mean(slug, method) for slug in slugs]) for method in settings.methods
-    }
-
-
-def gain(cells: dict[str, Cell], reference: str) -> float | None:
-    """Relative gain of the reference method over the best of the others, as a fraction.
-
-    None if there is nothing to compare: the reference is not in the table, or nothing else is. Not
-    a number if the best of the others is 0, over which no relative gain exists.
-    """
-    others = [cell.mean for method, cell in cells.items() if method != reference]
-    if reference not in cells or not others:
-        return None
-    best = max(others)
-    return (cells[reference].mean - best) / best if best else math.nan
-
-
-def _average(columns: Sequence[Column]) -> Column:
-    """Unweighted mean over scenarios of the scores and of the gains."""
-    cells = {
-        method: Cell(fmean(column.cells[method].mean for column in columns))
-        for method in columns[0].cells
-    }
-    gains = [column.gain for column in columns if column.gain is not None]
-    return Column("average (%)", cells, "highest", fmean(gains) if gains else None)
-
-
-def clients_columns(metrics: Metrics, settings: ResultsStage) -> dict[str, list[Column]]:
-    """Scores in percent per client, with mean, worst and spread over those in every row.
-
-    One table per scenario slug.
-
-    Seeds are not averaged: client 0 of one seed has nothing in common with client 0 of another.
-    """
-    tables = {}
-    for name, metric in _scenarios(settings):
-        for slug in settings.scenarios[name]:
-            scores = {
-                method: {
-                    record.client: PERCENT * record.score
-                    for record in counted(metrics, settings, slug, method)
-                }
-                for method in settings.methods
-            }
-            chosen = compared(metrics, settings, slug)
-            tables[f"{slug}: {METRIC_LABELS[metric]} (%)"] = _client_columns(scores, chosen)
-    return tables
-
-
-def _client_columns(scores: dict[str, dict[int, float]], chosen: Collection[int]) -> list[Column]:
-    """Columns for all clients and a summary of those chosen, from method -> client -> score.
-
-    A client that never took part in a method's rounds has no number there.
-    """
-    clients = sorted({client for by_client in scores.values() for client in by_client})
-    columns = [
-        Column(
-            f"client {k}",
-            {method: Cell(values.get(k, math.nan)) for method, values in scores.items()},
-            "highest",
-        )
-        for k in clients
-    ]
-    # Not a number where no client is in every row.
-    lists = {
-        method: [by_client[k] for k in clients if k in chosen] or [math.nan]
-        for method, by_client in scores.items()
-    }
-    means = {method: Cell(fmean(values)) for method, values in lists.items()}
-    worst = {method: Cell(min(values)) for method, values in lists.items()}
-    columns += [Column("mean", means, "highest"), Column("worst", worst, "highest")]
-    if len(clients) > 1:
-        stds = {method: over_seeds(values).std for method, values in lists.items()}
-        spread = {m: Cell(math.nan if std is None else std) for m, std in stds.items()}
-        columns.append(Column("std", spread))
-    return columns
-
-
-def _scenarios(settings: ResultsStage) -> list[tuple[str, str]]:
-    """Names of the scenarios with their metric."""
-    return [(name, settings.metrics[name]) for name in settings.scenarios]
-
-
-# Tidy rows
-
-
-def main_rows(metrics: Metrics, settings: ResultsStage) -> list[dict[str, Any]]:
-    """Rows of ``main.csv``: scores and gains as fractions, losses in nats per token."""
-    rows = []
-    for name, metric in _scenarios(settings):
-        scores = main_cells(metrics, settings, name, mean_score)
-        losses = main_cells(metrics, settings, name, mean_loss)
-        fewest, everyone = sizes(metrics, settings, name)
-        for method in settings.methods:
-            is_reference = method == settings.tables.reference
-            rows.append(
-                {
-                    "scenario": name,
-                    "metric": metric,
-                    "method": method,
-                    "seeds": len(settings.scenarios[name]),
-                    "clients": fewest,
-                    "clients_total": everyone,
-                    "score_mean": _known(scores[method].mean),
-                    "score_std": scores[method].std,
-                    "eval_loss_mean": _known(losses[method].mean),
-                    "eval_loss_std": losses[method].std,
-                    "gain": gain(scores, method) if is_reference else None,
-                    **privacy_fields(metrics, settings.scenarios[name], method),
-                }
-            )
-    return rows
-
-
-def _known(number: float) -> float | None:
-    """Leave a field empty where there is no number."""
-    return None if math.isnan(number) else number
-
-
-def clients_rows(metrics: Metrics, settings: ResultsStage) -> list[dict[str, Any]]:
-    """Rows of ``clients.csv``: scores as fractions, losses in nats per token."""
-    rows = []
-    for name, metric in _scenarios(settings):
-        for slug in settings.scenarios[name]:
-            for method in settings.methods:
-                info = metrics.run(slug, method).info
-                shared = {"scenario": name, "seed": info.seed, "metric": metric, "method": method}
-                fields = {"round", "client", "score", "eval_loss", "num_eval", "num_test"}
-                for client in counted(metrics, settings, slug, method):
-                    private = privacy_fields(metrics, [slug], method, client.client)
-                    rows.append({**shared, **client.model_dump(include=fields), **private})
-    return rows
 
 
 RENDERED: dict[TableName, Callable[[Metrics, ResultsStage], dict[str, str]]] = {
     "main": _main,
     "clients": _clients,
+    "spread": _spread,
+    "significance": _significance,
     "assignments": _assignments,
+    "sweep": _sweep,
+    "published": _published,
 }

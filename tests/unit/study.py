@@ -11,7 +11,7 @@ import numpy as np
 from fedamole.artifacts import Header, canonical
 from fedamole.registry import lookup
 from fedamole.settings import TablesSettings
-from fedamole.stages import ResultsStage
+from fedamole.stages import ResultsStage, SweepPoint
 
 Score = Callable[[str, str, int, int], float]
 
@@ -32,6 +32,7 @@ class Study:
     holders: int = 2
     metric: str = "rouge_l"
     tables: TablesSettings = field(default_factory=TablesSettings)
+    sweep: dict[str, SweepPoint] = field(default_factory=dict)
 
     def settings(self) -> ResultsStage:
         """Give the settings that a config of this study would."""
@@ -43,6 +44,7 @@ class Study:
                 for name, seeds in self.scenarios.items()
             },
             metrics=dict.fromkeys(self.scenarios, self.metric),
+            sweep=self.sweep,
         )
 
     def write(self, folder: Path) -> list[Path]:

@@ -30,7 +30,8 @@ LAYERS = [
     | {"machine"},
     {"artifacts", "pools", "hdf5", "pool_files", "pool_parts", "records", "progress", "owner"},
     {"partition", "assignment", "aggregation", "targets", "results", "rendering", "tables"}
-    | {"comparison"}
+    | {"comparison", "main_table", "clients_table", "spread_table", "significance"}
+    | {"sweep_table", "published_table", "markup"}
     | {"privacy", "accounting", "privacy_tables", "fusion"}
     | {"transport", "assignment_strategies", "assignment_measures", "assignment_table"}
     | {"figure_data", "drawing", "figures", "config_reference"}

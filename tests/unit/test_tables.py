@@ -15,11 +15,12 @@ from fedamole.assignment_measures import measure
 from fedamole.assignment_table import TITLES
 from fedamole.cli import main
 from fedamole.errors import FedamoleError
+from fedamole.main_table import gain, loss_columns, score_columns
 from fedamole.rendering import Cell, Column, html_page, html_table, latex, markdown, number
 from fedamole.results import Metrics, Run, read_metrics, read_run, table_names
 from fedamole.settings import TablesSettings
 from fedamole.stages import canonical_json
-from fedamole.tables import gain, loss_columns, score_columns, table_files
+from fedamole.tables import table_files
 
 # Mean over clients in the last round by (scenario, seed, method); client 1 is 0.2 above client 0.
 MEANS = {
@@ -55,6 +56,11 @@ def tables(study: Study, folder: Path) -> dict[str, str]:
     return table_files(read(study, folder), study.settings())
 
 
+def unmarked(text: str) -> str:
+    """Markdown without the marks of the best numbers."""
+    return text.replace("**", "").replace("<ins>", "").replace("</ins>", "")
+
+
 def rows(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(text.splitlines()))
 
@@ -62,7 +68,7 @@ def rows(text: str) -> list[dict[str, str]]:
 def test_score_is_mean_over_clients_then_mean_and_std_over_seeds(tmp_path: Path) -> None:
     metrics = read(STUDY, tmp_path)
     (column,) = score_columns(metrics, STUDY.settings())
-    assert column.title == "a ROUGE-L (%)"
+    assert column.title == "a\nROUGE-L (%)"
     assert column.cells["fedamole"].mean == pytest.approx(52)
     assert column.cells["fedamole"].std == pytest.approx(2.8284271, rel=1e-6)  # |54 - 50| / sqrt(2)
     assert column.cells["fedit"].std == pytest.approx(0, abs=1e-12)
@@ -76,8 +82,8 @@ def test_markdown_of_the_main_table(tmp_path: Path) -> None:
     assert tables(STUDY, tmp_path)["main.md"].splitlines() == [
         "| method | a ROUGE-L (%) | a eval loss |",
         "| :--- | ---: | ---: |",
-        "| fedamole | **52.00** ± 2.83 | 4.50 ± 0.00 |",
-        "| fedit | 40.00 ± 0.00 | 4.50 ± 0.00 |",
+        "| fedamole | **52.00** ± 2.83 | <ins>4.50</ins> ± 0.00 |",
+        "| fedit | <ins>40.00</ins> ± 0.00 | <ins>4.50</ins> ± 0.00 |",
         "| zero-shot | 25.00 ± 7.07 | **2.50** ± 0.00 |",
         "| gain of fedamole over the best other | +30.00 % |  |",
     ]
@@ -85,7 +91,7 @@ def test_markdown_of_the_main_table(tmp_path: Path) -> None:
 
 def test_one_seed_shows_no_spread(tmp_path: Path) -> None:
     files = tables(replace(STUDY, scenarios={"a": [1]}), tmp_path)
-    assert "| fedamole | **50.00** | 4.50 |" in files["main.md"]
+    assert "| fedamole | **50.00** | <ins>4.50</ins> |" in files["main.md"]
     assert rows(files["main.csv"])[0]["score_std"] == ""
 
 
@@ -93,16 +99,17 @@ def test_best_round_is_that_of_the_lowest_mean_loss(tmp_path: Path) -> None:
     # The loss grows with the round, so the best is round 1, whose scores are 10 points lower.
     best = replace(STUDY, tables=TablesSettings(round="best", decimals=1))
     files = tables(best, tmp_path)
-    assert "| fedamole | **42.0** ± 2.8 | 3.5 ± 0.0 |" in files["main.md"]
+    assert "| fedamole | **42.0** ± 2.8 | <ins>3.5</ins> ± 0.0 |" in files["main.md"]
     assert {row["round"] for row in rows(files["clients.csv"]) if row["method"] == "fedit"} == {"1"}
 
 
 def test_latex_marks_best_and_second_and_escapes(tmp_path: Path) -> None:
     text = tables(STUDY, tmp_path)["main.tex"]
-    assert "\\begin{tabular}{lr}\n\\toprule\nmethod & a ROUGE-L (\\%) \\\\\n\\midrule\n" in text
+    assert r"method & \shortstack[r]{a\\ROUGE-L (\%)} \\" + "\n\\midrule\n" in text
     assert r"fedamole & \textbf{52.00} $\pm$ 2.83 \\" in text
     assert r"fedit & \underline{40.00} $\pm$ 0.00 \\" in text
-    assert r"over the best other & $+30.00$\,\% \\" in text
+    assert text.startswith("\\begin{tabular}{lr}\n\\toprule\n")
+    assert r"gain of fedamole\\over the best other} & $+30.00$\,\% \\" in text
     column = Column("x_y & 100%", {"a#b": Cell(1.0)}, "highest")
     assert r"method & x\_y \& 100\% \\" in latex([column], "none", 2)
     assert r"a\#b & 1.00 \\" in latex([column], "none", 2)
@@ -151,7 +158,7 @@ def test_rows_are_compared_on_the_clients_that_are_in_all_of_them(tmp_path: Path
     assert files["main.md"].endswith(f" |\n\n{remark}\n")
     assert f"</table>\n<p>{remark}</p>\n" in files["main.html"]
     assert f"{{\\footnotesize {remark}\\par}}" in files["main.tex"]
-    first, second = files["clients.md"].replace("**", "").split("a-s2")
+    first, second = unmarked(files["clients.md"]).split("a-s2")
     assert "| fedit | 0.00 | 10.00 | 20.00 | 30.00 | 10.00 | 0.00 | 10.00 |" in first
     assert "mean, worst, std: over the clients with a number in every row, 3 of 4\n" in second
 
@@ -165,7 +172,7 @@ def test_rows_without_a_client_in_common_have_no_mean(tmp_path: Path) -> None:
     files = table_files(read_metrics(paths, study.settings()), study.settings())
     assert [row["score_mean"] for row in rows(files["main.csv"])] == ["", ""]
     assert "| fedamole | n/a | n/a |" in files["main.md"] and "0 of 2" in files["main.md"]
-    assert "| fedamole | n/a | 50.00 | n/a | n/a | n/a |" in files["clients.md"].replace("**", "")
+    assert "| fedamole | n/a | 50.00 | n/a | n/a | n/a |" in unmarked(files["clients.md"])
 
 
 def test_where_all_take_part_nothing_is_said_of_it(tmp_path: Path) -> None:

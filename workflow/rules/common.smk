@@ -370,26 +370,29 @@ def report_figure(path):
     )
 
 
-def cached_metrics():
-    """The metrics of cached mode, checked against their manifest, with the settings they have."""
-    try:
-        return check_cache(Path(CACHE), CONFIG, CONFIG.stale == "accept")
-    except FedamoleError as error:
-        raise WorkflowError(str(error)) from None
-
-
-if CACHED:
-    cache = cached_metrics()
-    METRICS, RESULTS_STAGE = cache.metrics, cache.settings
-else:
-    METRICS = expand(
+def metrics_of_study():
+    """The metrics that the tables are made of, and their settings; in cached mode checked."""
+    if CACHED:
+        cache = check_cache(Path(CACHE), CONFIG, CONFIG.stale == "accept")
+        return cache.metrics, cache.settings
+    paths = expand(
         f"{RESULTS}/metrics/{{scenario}}/{{method}}.jsonl",
         scenario=SCENARIOS,
         method=CONFIG.methods,
     )
-    RESULTS_STAGE = stages.results_stage(CONFIG)
+    return paths, stages.results_stage(CONFIG)
 
 
+def shown():
+    """Metrics, their settings, tables and figures; what cannot be shown ends the parse."""
+    try:
+        metrics, results = metrics_of_study()
+        tables = [f"{OUTPUT}/tables/{name}" for name in table_names(results)]
+        figures = [f"{OUTPUT}/figures/{name}" for name in figure_names(results)]
+    except FedamoleError as error:
+        raise WorkflowError(str(error)) from None
+    return metrics, results, tables, figures
+
+
+METRICS, RESULTS_STAGE, TABLES, FIGURES = shown()
 MANIFEST = f"{RESULTS}/metrics/manifest.json"
-TABLES = [f"{OUTPUT}/tables/{name}" for name in table_names(RESULTS_STAGE)]
-FIGURES = [f"{OUTPUT}/figures/{name}" for name in figure_names(RESULTS_STAGE)]
