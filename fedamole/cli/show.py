@@ -31,7 +31,7 @@ def run_show(args: argparse.Namespace) -> None:
     print(
         f"tables   {results / 'tables'} (csv, md, tex, html; clients.md has the clients one by one)"
     )
-    print(f"figures  {results / 'figures'} (svg, png, csv)")
+    print(f"figures  {results / 'figures'} (svg, pdf, png, csv)")
     report = results / "report.html"
     if report.is_file():
         print(f"report   {report} (open it in a browser)")
