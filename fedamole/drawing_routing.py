@@ -81,9 +81,11 @@ def _draw_map(axes: Axes, rows: Rows, classes: dict[str, str], areas: dict[int, 
         alpha=0.85,
     )
     axes.margins(0.14)
-    for side, label in (("x", "first"), ("y", "second")):
+    for axis, side, label in ((axes.xaxis, "x", "first"), (axes.yaxis, "y", "second")):
         share = 100 * rows[0][f"share_{side}"]
-        axes.set(**{f"{side}label": f"{label} component ({share:.0f}% of variance)"})
+        axis.set_label_text(f"{label} component ({share:.0f}% of variance)")
+        if share == 0:
+            axis.set_ticks([0])
     axes.set_title("marker area: domain experts held", size=6.5, color="#555555")
 
 
