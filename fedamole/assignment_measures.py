@@ -103,14 +103,34 @@ def stability(rounds: Sequence[np.ndarray]) -> float:
         Who holds what, (M, E, K) bool each.
     """
     shares: list[float] = []
+    for kept in kept_by_round(rounds):
+        shares += kept
+    return _mean(shares)
+
+
+def kept_by_round(rounds: Sequence[np.ndarray]) -> list[list[float]]:
+    """Share of experts that a client keeps, for each round, client and module.
+
+    Parameters
+    ----------
+    rounds
+        Who holds what, (M, E, K) bool each.
+
+    Returns
+    -------
+    list[list[float]]
+        One list per round: a number for each module and each client that takes part and took part
+        before, compared with the last round in which it did. Empty for the first round.
+    """
+    shares: list[list[float]] = []
     last_MEK = np.zeros_like(rounds[0]) if rounds else np.zeros(0)
     for held_MEK in rounds:
         again_K = take_part(last_MEK) & take_part(held_MEK)
         both_MK = (last_MEK & held_MEK).sum(axis=1)[:, again_K]
         either_MK = (last_MEK | held_MEK).sum(axis=1)[:, again_K]
-        shares += (both_MK[either_MK > 0] / either_MK[either_MK > 0]).tolist()
+        shares.append((both_MK[either_MK > 0] / either_MK[either_MK > 0]).tolist())
         last_MEK = np.where(take_part(held_MEK), held_MEK, last_MEK)
-    return _mean(shares)
+    return shares
 
 
 def follows_data(rounds: Sequence[np.ndarray], partition: PartitionRecord) -> float:

@@ -8,37 +8,30 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from matplotlib import rcParams
 from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 
+from fedamole.drawing_parts import (
+    COLOURS,
+    COLUMN_INCHES,
+    INK,
+    MOST_COLUMNS_WITH_NUMBERS,
+    colour,
+    draw_matrix,
+    legend_columns,
+    line_style,
+    origin,
+    shorten,
+    some_ticks,
+    unique,
+    write_numbers,
+)
 from fedamole.figure_data import COMMON, Rows
 from fedamole.records import METRIC_LABELS
-from fedamole.registry import METHODS, lookup
+from fedamole.registry import lookup
 
-COLUMN_INCHES = 3.4
-MOST_COLUMNS_WITH_NUMBERS = 12
 MOST_ROWS_WITH_NUMBERS = 40
-
-# Okabe and Ito (2008): distinct under the common colour blindnesses. Yellow, faint, is last.
-COLOURS = ("#D55E00", "#56B4E9", "#0072B2", "#000000", "#009E73", "#E69F00", "#CC79A7", "#F0E442")
-# Seven, coprime with eight colours: each of the first 56 methods has a pair of its own.
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-INK = COLOURS[2]
-
-
-def colour(method: str) -> str:
-    """Colour of a method, the same in every figure of every study."""
-    return COLOURS[list(METHODS).index(method) % len(COLOURS)]
-
-
-def marker(method: str) -> str:
-    """Marker of a method, the same in every figure of every study."""
-    return MARKERS[list(METHODS).index(method) % len(MARKERS)]
 
 
 # Metric per round
@@ -50,8 +43,8 @@ def draw_rounds(rows: Rows) -> Figure:
     columns = min(len(scenarios), 3)
     bands = -(-len(scenarios) // columns)
     width = COLUMN_INCHES if columns == 1 else 2.3 * columns
-    legend_columns = _legend_columns(methods, width)
-    legend_lines = -(-len(methods) // legend_columns)
+    per_line = legend_columns(methods, width)
+    legend_lines = -(-len(methods) // per_line)
     height = 0.7 + 3.3 * bands + 0.13 * max(0, legend_lines - 2)
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(2 * bands, columns, squeeze=False)
@@ -67,21 +60,9 @@ def draw_rounds(rows: Rows) -> Figure:
         lower.set_ylabel("eval loss (nats/token)")
         _label_rounds(lower, own)
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=legend_columns)
+    figure.legend(handles, labels, loc="outside lower center", ncols=per_line)
     figure.suptitle("Metric per round, mean over clients")
     return figure
-
-
-def _legend_columns(labels: Sequence[str], inches: float) -> int:
-    """Most columns, four at most, in which a legend is no wider than its figure."""
-    size = FontProperties(size=rcParams["legend.fontsize"]).get_size_in_points()
-    beside = 5.0 * size / 72  # Line, gaps and the space to the next column, as matplotlib has them.
-    widths = [TextPath((0, 0), label, size=size).get_extents().width / 72 for label in labels]
-    for columns in range(min(4, len(labels)), 1, -1):
-        taken = sum(max(part) + beside for part in np.array_split(widths, columns))
-        if taken <= inches:
-            return columns
-    return 1
 
 
 def _draw_rounds_panel(axes: Axes, rows: Rows, what: str, scale: float) -> None:
@@ -135,10 +116,9 @@ def _draw_method(axes: Axes, rows: Rows, what: str, scale: float, last: int) -> 
     axes.plot(
         rounds,
         means,
-        color=colour(method),
         label=method,
-        marker=marker(method),
         markevery=max(1, len(rounds) // 8),
+        **line_style(method),
     )
     lowest, highest = [min(values) for values in seeds], [max(values) for values in seeds]
     axes.fill_between(rounds, lowest, highest, color=colour(method), alpha=0.15, linewidth=0)
@@ -150,8 +130,9 @@ def _draw_range(axes: Axes, rows: Rows, what: str, scale: float, position: float
     lowest = scale * min(row[f"{what}_lowest"] for row in final)
     highest = scale * max(row[f"{what}_highest"] for row in final)
     mean = scale * fmean(row[f"{what}_mean"] for row in final)
-    axes.plot([position, position], [lowest, highest], color=colour(rows[0]["method"]))
-    axes.plot(position, mean, marker(rows[0]["method"]), color=colour(rows[0]["method"]))
+    style = line_style(rows[0]["method"])
+    axes.plot([position, position], [lowest, highest], **style | {"marker": ""})
+    axes.plot(position, mean, **style | {"linestyle": ""})
 
 
 # Clients x classes
@@ -170,15 +151,11 @@ def draw_classes(rows: Rows) -> Figure:
         figure.colorbar(mesh, ax=axes, label="examples", fraction=0.05, pad=0.02)
     else:
         write_numbers(axes, counts, "{:.0f}")
-    axes.set_yticks(range(len(labels)), [_shorten(label) for label in labels])
+    axes.set_yticks(range(len(labels)), [shorten(label, 26) for label in labels])
     axes.tick_params(axis="y", labelsize=4 if crowded else 6.5)
     axes.set_xlabel("client")
     figure.suptitle(f"Examples of each class at each client\n{rows[0]['scenario']}")
     return figure
-
-
-def _shorten(label: str) -> str:
-    return label if len(label) <= 26 else f"{label[:24]}..."
 
 
 # Experts per client
@@ -202,14 +179,14 @@ def draw_experts(rows: Rows) -> Figure:
             axes.text(client, 0.15, "not drawn", rotation=90, size=5.5, ha="center", va="bottom")
     _draw_bounds(axes, rows[0])
     axes.set(xlabel="client", ylabel="domain experts held, per module")
-    axes.set_xticks(_some_ticks(len(clients)))
+    axes.set_xticks(some_ticks(len(clients)))
     axes.set_xlim(-0.7, len(clients) - 0.3)
     axes.set_ylim(0, (rows[0]["max_experts"] or most) + 0.9)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("circle area: number of modules; bar: mean", size=6.5, color="#555555")
     modules = len(unique(rows, "module"))
     over = f"{modules} modules" if modules > 1 else "one module"
-    figure.suptitle(f"Domain experts per client over {over}\n{_origin(rows)}")
+    figure.suptitle(f"Domain experts per client over {over}\n{origin(rows)}")
     return figure
 
 
@@ -246,7 +223,7 @@ def draw_assignment(rows: Rows) -> Figure:
         draw_matrix(axes, matrices[module], top=1.3)
         axes.set(title=_module_title(module), xlabel="client")
     grid[0].set_ylabel("domain expert")
-    upper.suptitle(f"Experts that each client holds (dark)\n{_origin(rows)}")
+    upper.suptitle(f"Experts that each client holds (dark)\n{origin(rows)}")
     _draw_common(lower.subplots(), matrices[COMMON])
     return figure
 
@@ -277,44 +254,3 @@ def _matrix(rows: Rows, panel: str) -> np.ndarray:
     own = [row for row in rows if row["panel"] == panel]
     width = 1 + max(row["column"] for row in own)
     return np.array([row["value"] for row in own]).reshape(-1, width)
-
-
-# Shared
-
-
-def draw_matrix(axes: Axes, values: np.ndarray, top: float) -> QuadMesh:
-    """Draw a matrix in blues from 0 to ``top``, row 0 above, its ticks at whole numbers."""
-    rows, columns = values.shape
-    edges = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
-    mesh = axes.pcolormesh(*edges, values, cmap="Blues", vmin=0, vmax=top or 1)
-    mesh.set(edgecolor="white", linewidth=0.4)
-    axes.invert_yaxis()
-    axes.set_xticks(_some_ticks(columns))
-    axes.set_yticks(_some_ticks(rows))
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    return mesh
-
-
-def write_numbers(axes: Axes, values: np.ndarray, pattern: str) -> None:
-    """Write each number into its cell, except zeros and gaps."""
-    dark = 0.55 * float(np.nanmax(values, initial=0.0))
-    for (row, column), value in np.ndenumerate(values):
-        if value and not np.isnan(value):
-            ink = "white" if value > dark else "black"
-            text = pattern.format(value)
-            axes.text(column, row, text, color=ink, size=5.5, ha="center", va="center_baseline")
-
-
-def unique(rows: Rows, key: str) -> list[Any]:
-    """Values of a column, each once, in order of appearance."""
-    return list(dict.fromkeys(row[key] for row in rows))
-
-
-def _origin(rows: Rows) -> str:
-    return f"{rows[0]['method']} on {rows[0]['scenario']}, round {rows[0]['round']}"
-
-
-def _some_ticks(count: int) -> range:
-    """All indices, or every fifth of many."""
-    return range(0, count, 1 if count <= MOST_COLUMNS_WITH_NUMBERS else 5)

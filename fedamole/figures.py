@@ -1,7 +1,8 @@
 """Figures of a study as files, in the style of the house; the same metrics give the same bytes.
 
-The middle of ``fedamole figures``: metrics in, the bytes of svg, png and csv files out. What each
-figure shows is in :mod:`fedamole.drawing`, the numbers behind it in :mod:`fedamole.figure_data`.
+The middle of ``fedamole figures``: metrics in, the bytes of svg, pdf, png and csv files out. What
+each figure shows is in the modules ``drawing*``, the numbers behind it in :mod:`figure_data` and
+the modules ``figure_rows*``.
 """
 
 # ruff: noqa: TID253 -- the command imports this module only when it draws
@@ -14,7 +15,13 @@ import matplotlib.style
 from matplotlib.figure import Figure
 
 from fedamole.drawing import draw_assignment, draw_classes, draw_experts, draw_rounds
+from fedamole.drawing_bars import draw_bars
+from fedamole.drawing_lines import draw_stability, draw_sweep
+from fedamole.drawing_parts import LEGEND_POINTS, TICK_POINTS
+from fedamole.drawing_routing import draw_routing
 from fedamole.figure_data import Rows, assignment_rows, classes_rows, experts_rows, rounds_rows
+from fedamole.figure_rows_experts import routing_rows, stability_rows
+from fedamole.figure_rows_scores import bars_rows, sweep_rows
 from fedamole.results import (
     FIGURE_FORMATS,
     Metrics,
@@ -42,9 +49,9 @@ STYLE: dict[str, Any] = {
     "font.size": 7,
     "axes.titlesize": 7.5,
     "axes.labelsize": 7,
-    "xtick.labelsize": 6.5,
-    "ytick.labelsize": 6.5,
-    "legend.fontsize": 6.5,
+    "xtick.labelsize": TICK_POINTS,
+    "ytick.labelsize": TICK_POINTS,
+    "legend.fontsize": LEGEND_POINTS,
     "legend.frameon": False,
     "figure.titlesize": 8,
     "figure.dpi": PNG_DOTS_PER_INCH,
@@ -63,6 +70,9 @@ STYLE: dict[str, Any] = {
     "lines.markersize": 3.5,
     # Without a salt the ids inside an svg are random.
     "svg.hashsalt": "fedamole",
+    # Outlines that publishers accept, in place of bitmaps of letters.
+    "pdf.fonttype": 42,
+    "hatch.linewidth": 0.5,
 }
 
 
@@ -82,7 +92,7 @@ def figure_files(metrics: Metrics, settings: ResultsStage) -> Iterator[tuple[str
 
 
 def _files(name: str, rows: Rows, draw: Callable[[Rows], Figure]) -> Iterator[tuple[str, bytes]]:
-    """Draw one figure and give its three files."""
+    """Draw one figure and give its files."""
     # "default" first: a matplotlibrc of the user must not change a byte.
     with matplotlib.style.context(["default", STYLE]):
         figure = draw(rows)
@@ -133,6 +143,10 @@ def _one(rows_of: Callable[[Metrics, ResultsStage], Rows]) -> RowsOf:
 # Kind -> the rows of its figures, in the order of their names, and how they are drawn.
 DRAWN: dict[FigureName, tuple[RowsOf, Callable[[Rows], Figure]]] = {
     "rounds": (_one(rounds_rows), draw_rounds),
+    "bars": (_one(bars_rows), draw_bars),
+    "sweep": (_one(sweep_rows), draw_sweep),
+    "stability": (_one(stability_rows), draw_stability),
+    "routing": (_one_per_run(routing_rows), draw_routing),
     "classes": (_one_per_slug(classes_rows), draw_classes),
     "experts": (_one_per_run(experts_rows), draw_experts),
     "assignment": (_one_per_run(assignment_rows), draw_assignment),

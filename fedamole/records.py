@@ -117,6 +117,11 @@ class AssignmentRecord(Section):
     """Fewest domain experts a client may hold per module, if known."""
     max_experts: int | None = None
     """Most domain experts a client may hold per module, if known."""
+    map: list[list[float] | None] | None = None
+    """Place [x, y] of each client by its routing logits, None for one without scores; see
+    :mod:`fedamole.routing_map`. The scores of round 1 are random. None if unknown."""
+    map_shares: list[float] | None = None
+    """Share of the variance of the routing logits along x and along y, in [0, 1]."""
 
     def held(self, module: int, client: int) -> frozenset[int]:
         """Domain experts of a module that a client holds."""

@@ -93,7 +93,7 @@ def _fits(name: TableName | FigureName, settings: ResultsStage) -> bool:
         return settings.tables.reference in settings.methods and bool(others)
     if name == "published":
         return settings.tables.published is not None
-    # Costs differ from machine to machine, old metrics have no map: only where they are asked for.
+    # Only where they are asked for: costs differ from machine to machine, old metrics have no map.
     return name not in ("overhead", "routing")
 
 
@@ -324,6 +324,8 @@ def _check_shapes(path: Path, run: Run) -> None:
     for round_, record in run.assignments.items():
         lengths = {len(record.modules), len(record.holders), len(record.objective)}
         lengths |= {len(sums) for sums in (record.optimum, record.chance) if sums is not None}
+        if record.map is not None:
+            _check_map(path, record, clients)
         experts = {len(module) for module in record.holders}
         holders = {client for module in record.holders for held in module for client in held}
         if len(lengths) > 1 or experts != {record.num_experts} or holders - set(range(clients)):
@@ -331,6 +333,15 @@ def _check_shapes(path: Path, run: Run) -> None:
                 f"{path}: the assignment of round {round_} is not {len(record.modules)} modules x "
                 f"{record.num_experts} experts of clients below {clients}"
             )
+
+
+def _check_map(path: Path, record: AssignmentRecord, clients: int) -> None:
+    """Refuse a map that is not one place in two dimensions per client, with two shares."""
+    places = [len(place) for place in record.map or [] if place is not None]
+    if len(record.map or []) != clients or {2} != {len(record.map_shares or []), *places}:
+        raise FedamoleError(
+            f"{path}: the map of round {record.round} is not {clients} places and shares in 2-D"
+        )
 
 
 def expected(settings: ResultsStage) -> Iterator[tuple[str, str]]:

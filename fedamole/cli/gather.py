@@ -151,7 +151,9 @@ def _assignment_record(assignment: "Assignment", settings: RunStage) -> dict[str
         "min_experts": fewest,
         "max_experts": most,
         "objective": assignment.objective_M.tolist(),
-    } | _yardsticks(assignment, settings)
+        **_yardsticks(assignment, settings),
+        **_map(assignment),
+    }
 
 
 def _yardsticks(assignment: "Assignment", settings: RunStage) -> dict[str, list[float]]:
@@ -171,3 +173,11 @@ def _yardsticks(assignment: "Assignment", settings: RunStage) -> dict[str, list[
     share = settings.assignment.choices / len(drawn)
     chance_M = share * assignment.scores_MEK.sum(axis=(1, 2), dtype=float)
     return {"optimum": best.objective_M.tolist(), "chance": chance_M.tolist()}
+
+
+def _map(assignment: "Assignment") -> dict[str, Any]:
+    """Where the clients lie by their routing logits; nothing if there are no scores."""
+    from fedamole.routing_map import map_clients
+
+    found = map_clients(assignment.scores_MEK)
+    return {} if found is None else {"map": found.places, "map_shares": found.shares}

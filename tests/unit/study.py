@@ -10,6 +10,7 @@ import numpy as np
 
 from fedamole.artifacts import Header, canonical
 from fedamole.registry import lookup
+from fedamole.routing_map import map_clients
 from fedamole.settings import TablesSettings
 from fedamole.stages import ResultsStage, SweepPoint
 
@@ -104,9 +105,13 @@ class Study:
             ]
             for _ in projections
         ]
+        places = map_clients(rng.random((2, self.experts, self.clients), dtype=np.float32))
+        assert places is not None
         return {
             "record": "assignment",
             "round": round_,
+            "map": places.places,
+            "map_shares": places.shares,
             "modules": projections,
             "num_experts": self.experts,
             "holders": holders,

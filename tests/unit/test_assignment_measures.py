@@ -16,6 +16,7 @@ from fedamole.config import load_config, read_yaml
 from fedamole.pool_files import write_assignment
 from fedamole.records import AssignmentRecord, PartitionRecord, RunRecord
 from fedamole.results import Run, read_run
+from fedamole.routing_map import map_clients
 from fedamole.settings import AssignmentSettings
 from fedamole.stages import canonical_json, client_stage, digest
 
@@ -220,3 +221,6 @@ def test_gather_records_the_optimum_whatever_made_the_assignment(
     )
     np.testing.assert_allclose(record.chance, drawn, rtol=0.02)
     assert record.held(0, 1) == set(by_chance.holders_MEK[0, :, 1].nonzero()[0])
+    found = map_clients(scores_MEK)
+    assert found is not None
+    assert (record.map, record.map_shares) == (found.places, found.shares)

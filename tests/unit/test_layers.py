@@ -34,7 +34,9 @@ LAYERS = [
     | {"sweep_table", "published_table", "markup"}
     | {"privacy", "accounting", "privacy_tables", "fusion"}
     | {"transport", "assignment_strategies", "assignment_measures", "assignment_table"}
-    | {"figure_data", "drawing", "figures", "config_reference"}
+    | {"figure_data", "figure_rows_scores", "figure_rows_experts", "routing_map"}
+    | {"drawing", "drawing_parts", "drawing_bars", "drawing_lines", "drawing_heat"}
+    | {"drawing_routing", "figures", "config_reference"}
     | {"planning", "study_status", "head"}
     | {"manifest", "cache", "cache_archive"},
     {"datasets", "distributed", "batches", "routing", "hmole_function", "hmole", "hmole_peft"}
