@@ -35,6 +35,7 @@ localrules:
     aggregate,
     assign,
     gather,
+    gather_costs,
     tables,
     figures,
 

@@ -19,6 +19,7 @@ import yaml
 from fedamole import head, launching, owner, slurm
 from fedamole.cli import clients, main
 from fedamole.errors import ClientError, FedamoleError
+from fedamole.meter import Meter
 from fedamole.progress import RoundProgress, read_progress
 from fedamole.snakemake_profile import read_profile, unquoted
 
@@ -324,8 +325,8 @@ def test_workers_get_their_own_number_of_threads(monkeypatch: pytest.MonkeyPatch
 
 def turns_of(progress: RoundProgress, monkeypatch: pytest.MonkeyPatch) -> clients._Turns:
     monkeypatch.setenv("RANK", "0")
-    job = SimpleNamespace(progress=progress, layout=launching.Layout())
-    return clients._Turns(cast(Any, job), [0, 1, 2])
+    job = SimpleNamespace(progress=progress, layout=launching.Layout(), work="train")
+    return clients._Turns(cast(Any, job), [0, 1, 2], Meter(), pack=3)
 
 
 def test_what_fails_for_a_whole_pack_is_the_try_of_no_client(

@@ -18,11 +18,13 @@ LAYERS = [
     {"errors", "__init__"},
     {"registry", "settings", "mistakes", "config", "stages", "randomness", "participation"}
     | {"slurm", "slurm_site", "snakemake_profile", "launching", "backbone_limits"},
-    {"artifacts", "pools", "hdf5", "pool_files", "pool_parts", "records", "progress", "owner"},
+    {"artifacts", "pools", "hdf5", "pool_files", "pool_parts", "records", "progress", "owner"}
+    | {"meter"},
     {"partition", "assignment", "aggregation", "targets", "results", "rendering", "tables"}
     | {"comparison"}
     | {"privacy", "accounting", "privacy_tables", "fusion"}
     | {"transport", "assignment_strategies", "assignment_measures", "assignment_table"}
+    | {"costs", "overhead_table", "drawing_overhead"}
     | {"figure_data", "drawing", "figures", "config_reference"}
     | {"planning", "study_status", "head"},
     {"datasets", "distributed", "batches", "routing", "hmole_function", "hmole", "hmole_peft"}
@@ -34,6 +36,7 @@ LAYERS = [
         "embeddings",
         "contexts",
         "generation",
+        "machine",
         "evaluation",
         "client",
         "forms",
