@@ -33,9 +33,9 @@ def draw_overhead(rows: Rows) -> Figure:
     for axes, measure in zip(grid.flat, measures, strict=False):
         own = {row["method"]: row for row in rows if row["measure"] == measure}
         unit = next(iter(own.values()))["unit"]
-        axes.set_title(f"{measure} ({unit})", loc="left", pad=2)
+        axes.set_title(f"{measure} ({unit})", loc="left", pad=2, size=6.5)
         _draw_bars(axes, [own.get(method) for method in methods], methods)
-    figure.suptitle(f"Costs per client and round\n{rows[0]['scenario']}")
+    figure.suptitle(f"Costs, means per client and round\n{rows[0]['scenario']}")
     return figure
 
 
@@ -78,6 +78,6 @@ def _short(value: float) -> str:
     """Print three significant digits, without exponent."""
     if not value:
         return "0"
-    if abs(value) >= 100:
+    if value >= 100:
         return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.1g}"
+    return f"{value:#.3g}".rstrip(".") if value >= 0.001 else f"{value:.1g}"

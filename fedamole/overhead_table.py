@@ -62,15 +62,15 @@ class Measure:
 # Name in csv files -> what it is.
 MEASURES = {
     "peak_memory_mb": Measure("peak memory", "MB", "peak_memory_mb"),
-    "peak_gpu_memory_mb": Measure("peak GPU memory", "MB", "peak_gpu_memory_mb", optional=True),
+    "peak_gpu_memory_mb": Measure("GPU memory", "MB", "peak_gpu_memory_mb", optional=True),
     "trainable_millions": Measure("trainable", "millions", "trainable", 1 / MB),
     "upload_mb": Measure("upload", "MB", "upload_bytes", 1 / MB),
     "download_mb": Measure("download", "MB", "download_bytes", 1 / MB),
     "training_s": Measure("training", "s", "training_seconds"),
     "testing_s": Measure("testing", "s", "testing_seconds"),
     "embedding_s": Measure("embeddings", "s", "embedding_seconds"),
-    "aggregation_s": Measure("aggregation", "s", "aggregate_seconds", of_round=True),
-    "assignment_s": Measure("assignment", "s", "assign_seconds", of_round=True),
+    "aggregation_s": Measure("aggregation", "s/round", "aggregate_seconds", of_round=True),
+    "assignment_s": Measure("assignment", "s/round", "assign_seconds", of_round=True),
 }
 
 # Scenario -> measure -> method -> mean and spread over seeds.
