@@ -46,9 +46,10 @@ class ClientCosts:
     ----------
     training_seconds
         Wall time of all that is none of the others: the steps, before them the making of the model,
-        behind them what a method learns or searches beside. For a client that trains in a pack it
-        is the pack's training time divided by its clients, since they train together. 0 where a
-        client is only tested.
+        behind them what a method learns or searches beside; for the first client of a process also
+        what is imported late. For a client that trains in a pack it is the pack's training time
+        divided by its clients, since they train together. 0 where a client is only tested. The
+        loading of the backbone is in none of the times.
     testing_seconds
         Of the evaluation set and the test set.
     embedding_seconds

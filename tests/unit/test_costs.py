@@ -297,3 +297,24 @@ def test_the_figure_has_a_bar_for_each_number_and_fits_one_column() -> None:
     widths = [[bar.get_width() for bar in axes.patches] for axes in panels.values()]
     assert widths == [[2.5], [pytest.approx(50.0)], [5.0], [2.0]]
     assert int.from_bytes(picture[16:20]) == int(3.4 * PNG_DOTS_PER_INCH)
+
+
+# What is trained
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(
+    ("name", "pack", "factor", "gates"),
+    [("fedit", 1, 1, 0), ("fedit", 3, 1, 0), ("fml", 1, 2, 0), ("fedalt", 1, 1, 2)],
+)
+def test_trainable_numbers_are_those_of_the_lora(
+    federation: Any, tmp_path: Path, name: str, pack: int, factor: int, gates: int
+) -> None:
+    """FedALT does not train the rest of the world; its mixer has a row for each of the two."""
+    session = federation.session(name, training={"steps": 1, "pack_clients": pack})
+    (only,) = federation.rounds(session, tmp_path, count=1)
+    counted = session.meter.read().counts["trainable"]
+    rank, shapes = session.settings.run.adapter.rank, federation.facts.modules
+    lora = sum(rank * (each.in_features + each.out_features) for each in shapes)
+    assert counted == factor * lora + gates * sum(each.in_features for each in shapes)
+    assert len(only.uploads) == 3
