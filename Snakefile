@@ -39,6 +39,7 @@ else:
         aggregate,
         assign,
         gather,
+        gather_costs,
         write_manifest,
 
 

@@ -16,6 +16,7 @@ from fedamole.accounting import epsilon_after
 from fedamole.backbone import load_backbone, load_tokenizer
 from fedamole.batches import Batch, LocalTraining, collate, rows_of_round
 from fedamole.datasets.tokens import TokenStore
+from fedamole.device_meter import DeviceMeter, trainable_numbers
 from fedamole.dp_sgd import GivenGradients, train_privately
 from fedamole.embeddings import Embedded, embed_client
 from fedamole.errors import ClientError, FedamoleError
@@ -70,14 +71,19 @@ class ClientSession:
             self.folder, self.settings.run.backbone
         )
         self._backbone: PreTrainedModel | None = None
+        self.meter = DeviceMeter(self.device)
         # What clients of a pack have trained, until their turn to be tested comes.
         self.trained_in_pack: dict[int, PackedResult | ClientError] = {}
 
     def backbone(self) -> PreTrainedModel:
         """The frozen model; it is loaded once."""
         if self._backbone is None:
-            self._backbone = load_backbone(self.folder, self.settings.run.backbone)
+            self._backbone = self._load_backbone()
         return self._backbone
+
+    def _load_backbone(self) -> PreTrainedModel:
+        with self.meter.phase("loading"):
+            return load_backbone(self.folder, self.settings.run.backbone)
 
     def training_rows(self, client: int, with_embedding_set: bool) -> np.ndarray:
         """Rows that a client trains on: its own, or those of all clients where data are pooled."""
@@ -104,7 +110,7 @@ class ClientSession:
             Whether ZeRO-3 will cut the model into slices: then it stays on the CPU until DeepSpeed
             moves it piece by piece, and serves this client only.
         """
-        alone = load_backbone(self.folder, self.settings.run.backbone) if sharded else None
+        alone = self._load_backbone() if sharded else None
         model = form.insert(alone or self.backbone(), state, self.settings.run.adapter)
         try:
             yield model if sharded else model.to(self.device)
@@ -260,6 +266,7 @@ def locally_trained(
     if packed:
         _check_tensors(packed.state, round_, client)
         with session.personalised(packed.state, form) as model:
+            session.meter.count(trainable=trainable_numbers(model))
             scored = form.scored(model, run.adapter.balance_weight).eval()
             yield Trained(client, round_, scored, packed.state, packed.record, len(rows))
         return
@@ -268,6 +275,7 @@ def locally_trained(
     # A delta that is too large for this client is refused before its training, not after it.
     epsilon_after(run, client, round_, len(rows))
     with session.personalised(start.state, form, sharded=settings.zero_stage == 3) as model:
+        session.meter.count(trainable=trainable_numbers(model))
         scored = form.scored(model, run.adapter.balance_weight)
         rate = learning_rate(settings, round_)
         trainable = GivenGradients(scored) if private else scored
@@ -364,9 +372,15 @@ def report_of(session: ClientSession, trained: Trained) -> ClientReport:
     ClientError
         If its evaluation loss is not finite.
     """
-    report = _test(
-        session, trained.client, trained.round, trained.scored, trained.record, trained.num_train
-    )
+    with session.meter.phase("testing"):
+        report = _test(
+            session,
+            trained.client,
+            trained.round,
+            trained.scored,
+            trained.record,
+            trained.num_train,
+        )
     if not np.isfinite(report.eval_loss):
         raise _diverged(trained.round, trained.client, f"eval loss {report.eval_loss}")
     name = _name(session, trained.round, trained.client)
@@ -403,14 +417,15 @@ def upload_of(
 def embeddings_of(session: ClientSession, trained: Trained) -> Embedded:
     """Embed a client's embedding set with its trained experts; noisy where privacy asks for it."""
     run = session.settings.run
-    embedded = embed_client(
-        trained.scored,
-        session.store,
-        session.store.clients[trained.client].embedding,
-        trained.state,
-        session.settings.evaluation.batch_size,
-        session.device,
-    )
+    with session.meter.phase("embedding"):
+        embedded = embed_client(
+            trained.scored,
+            session.store,
+            session.store.clients[trained.client].embedding,
+            trained.state,
+            session.settings.evaluation.batch_size,
+            session.device,
+        )
     if run.privacy.embeddings is None:
         return embedded
     names = (run.seed, trained.round, trained.client)

@@ -22,6 +22,7 @@ from typing import Literal
 
 from fedamole.artifacts import canonical, replacing
 from fedamole.errors import FedamoleError
+from fedamole.meter import ClientCosts, Machine
 
 Work = Literal["train", "test"]
 State = Literal["running", "done", "failed", "dropped"]
@@ -43,7 +44,8 @@ class ClientProgress:
     started
         Seconds since 1970.
     seconds
-        What it took; None while it runs.
+        What it took; None while it runs. Of what a pack does together it counts its share: all that
+        the pack took for it, divided by its clients.
     host, process, job
         Where: host name, process number, and SLURM job, None outside SLURM.
     error
@@ -53,6 +55,12 @@ class ClientProgress:
         does not count.
     digest
         Of the settings it was begun with: attempts with others do not count either.
+    ended
+        Seconds since 1970; None while it runs, and in records of older versions.
+    pack
+        Clients that were begun together: as many times its share go by until it ends.
+    costs
+        What it cost in detail; None unless it is done, and in records of older versions.
     """
 
     work: Work
@@ -66,6 +74,9 @@ class ClientProgress:
     error: str | None = None
     attempt: int = 1
     digest: str = ""
+    ended: float | None = None
+    pack: int = 1
+    costs: ClientCosts | None = None
 
 
 class RoundProgress:
@@ -90,7 +101,7 @@ class RoundProgress:
         """Where the file of a finished client waits for the others of its job."""
         return self.folder / output.name
 
-    def start(self, client: int, is_try: bool = True) -> ClientProgress:
+    def start(self, client: int, is_try: bool = True, pack: int = 1) -> ClientProgress:
         """Say that a client begins.
 
         Parameters
@@ -99,6 +110,8 @@ class RoundProgress:
             Who.
         is_try
             Whether an end of its process would be a failure of this client; see `count_try`.
+        pack
+            Clients that begin together.
         """
         job = os.environ.get("SLURM_JOB_ID", "")
         now = ClientProgress(
@@ -111,6 +124,7 @@ class RoundProgress:
             job=int(job) if job.isdigit() else None,
             attempt=self.attempts(client) + is_try,
             digest=self.digest,
+            pack=pack,
         )
         return self._write(now)
 
@@ -139,16 +153,38 @@ class RoundProgress:
         return reason
 
     def end(
-        self, began: ClientProgress, error: str | None = None, interrupted: bool = False
+        self,
+        began: ClientProgress,
+        error: str | None = None,
+        interrupted: bool = False,
+        seconds: float | None = None,
+        costs: ClientCosts | None = None,
     ) -> ClientProgress:
-        """Say that a client is done, or why it failed; interrupted from outside, it had no try."""
+        """Say that a client is done, or why it failed.
+
+        Parameters
+        ----------
+        began
+            What was said when it began.
+        error
+            Why it failed; None if it is done.
+        interrupted
+            Whether it was ended from outside, and so had no try.
+        seconds
+            What it took; default: all that went by since it began.
+        costs
+            What it cost in detail.
+        """
+        now = time.time()
         return self._write(
             replace(
                 began,
                 state="failed" if error else "done",
-                seconds=round(time.time() - began.started, 1),
+                seconds=round(now - began.started if seconds is None else seconds, 1),
                 error=error,
                 attempt=began.attempt - interrupted,
+                ended=round(now, 1),
+                costs=costs,
             )
         )
 
@@ -159,7 +195,7 @@ class RoundProgress:
         """What was last said of a client; None where nothing can be read."""
         with contextlib.suppress(OSError, ValueError, TypeError):
             text = self._path(client).read_text(encoding="utf-8")
-            return ClientProgress(**json.loads(text))
+            return _parsed(text)
         return None
 
     def _write(self, progress: ClientProgress) -> ClientProgress:
@@ -231,9 +267,19 @@ def read_progress(folder: Path) -> list[ClientProgress]:
         if not path.name.startswith(("train_", "test_")):
             continue
         try:
-            found.append(ClientProgress(**json.loads(path.read_text(encoding="utf-8"))))
+            found.append(_parsed(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             continue
         except (ValueError, TypeError) as error:
             raise FedamoleError(f"{path}: is no record of a client's progress ({error})") from error
     return found
+
+
+def _parsed(text: str) -> ClientProgress:
+    """Make a record of its JSON text; what older versions did not say has its default."""
+    content = json.loads(text)
+    if costs := content.get("costs"):
+        machine = costs.get("machine")
+        costs["machine"] = machine and Machine(**machine)
+        content["costs"] = ClientCosts(**costs)
+    return ClientProgress(**content)

@@ -359,7 +359,7 @@ def _round_seconds(plan: Plan, rounds: Rounds, done: list[int]) -> list[float]:
     found = []
     for round_ in done:
         records = rounds[round_].records
-        ends = [record.started + record.seconds for record in records if record.seconds is not None]
+        ends = [end for record in records if (end := _end(record)) is not None]
         if not ends:
             continue
         following = rounds.get(round_ + 1, RoundFacts()).records if plan.work == "train" else ()
@@ -370,15 +370,26 @@ def _round_seconds(plan: Plan, rounds: Rounds, done: list[int]) -> list[float]:
     return found
 
 
+def _end(record: ClientProgress) -> float | None:
+    """When a client ended, in seconds since 1970; None if it runs."""
+    if record.ended is not None or record.seconds is None:
+        return record.ended
+    # A record of an older version: its clients took all that went by since they began.
+    return record.started + record.seconds
+
+
 def _timed(status: RoundStatus, facts: RoundFacts, now: float) -> list[SlowestClient]:
-    """The clients of a round with their times; those that run count too, for one may hang."""
+    """The clients of a round with their times; those that run count too, for one may hang.
+
+    Of clients that are trained together each counts its share.
+    """
     seconds = {
         record.client: record.seconds
         for record in facts.records
         if record.seconds is not None and status.states[record.client] == "done"
     }
     running = {
-        record.client: now - record.started
+        record.client: (now - record.started) / record.pack
         for record in facts.records
         if status.states[record.client] == "running"
     }

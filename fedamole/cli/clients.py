@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -21,6 +22,7 @@ from fedamole.cli.session_checks import check_session, prompt_length
 from fedamole.config import parse
 from fedamole.errors import ClientError, FedamoleError
 from fedamole.launching import Layout
+from fedamole.meter import Meter, Phase, state_bytes, upload_bytes
 from fedamole.progress import RoundProgress, Work, read_progress
 from fedamole.stages import ClientStage, digest, with_quorum
 
@@ -82,6 +84,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
 MOST_ATTEMPTS = 2
 # What ends a job from outside: a scheduler, a person, or a process beside this one that died.
 INTERRUPTED = (SystemExit, KeyboardInterrupt)
+# Whatever of a client's work is in no other phase.
+PHASES: dict[Work, Phase] = {"train": "training", "test": "testing"}
 KINDS = {"train": ("upload", "metrics", "kept"), "test": ("metrics",)}
 
 
@@ -188,7 +192,10 @@ def run_train_clients(args: argparse.Namespace) -> None:
         return state, _read_kept(job, client)
 
     def train(session: "ClientSession", client: int, paths: list[Path]) -> None:
-        result = method.train_client(session, client, args.round, *held(client))
+        state, kept = held(client)
+        result = method.train_client(session, client, args.round, state, kept)
+        sent = upload_bytes(result.upload)
+        session.meter.count(upload_bytes=sent, download_bytes=state_bytes(state))
         if not _is_first_rank():
             return
         write_upload(paths[0], job.header(paths[0]), result.upload)
@@ -361,7 +368,8 @@ def _work(job: _Job, clients: list[int], do: ForClient, first: ForPack | None) -
     """Do those packs that fall to the lane of this process; one that fails stops no other."""
     with _session(job) as (session, lane):
         for pack in job.packs(clients)[lane :: job.layout.lanes]:
-            turns = _Turns(job, [client for client in pack if client in clients])
+            wanted = [client for client in pack if client in clients]
+            turns = _Turns(job, wanted, session.meter, len(pack) if first else 1)
             with turns:
                 if first:
                     with turns.of_all():
@@ -383,12 +391,20 @@ class _Turns(contextlib.AbstractContextManager["_Turns"]):
         Where the records are.
     clients
         Who is to be done.
+    meter
+        Counts what the clients cost.
+    pack
+        Clients that are trained together, be they to do or done by an earlier attempt. What is done
+        for all of them, each of them has an equal share of.
     """
 
-    def __init__(self, job: _Job, clients: list[int]) -> None:
-        self.job = job
+    def __init__(self, job: _Job, clients: list[int], meter: Meter, pack: int = 1) -> None:
+        self.job, self.meter, self.pack = job, meter, pack
         ours = _is_first_rank()
-        self.begun = {c: job.progress.start(c, is_try=False) if ours else None for c in clients}
+        start = functools.partial(job.progress.start, is_try=False, pack=pack)
+        self.begun = {client: start(client) if ours else None for client in clients}
+        self.share, self.share_training = 0.0, 0.0
+        meter.forget_gpu_peak()
 
     def waiting(self) -> list[int]:
         """Clients whose turn has not come."""
@@ -400,8 +416,11 @@ class _Turns(contextlib.AbstractContextManager["_Turns"]):
         if began := self.begun[client]:
             self.begun[client] = self.job.progress.count_try(began)
         failure: BaseException | None = None
+        started = time.monotonic()
+        self.meter.forget()
         try:
-            yield
+            with self.meter.phase(PHASES[self.job.work]):
+                yield
         except BaseException as error:
             failure = error
             if not _goes_on(error, self.job.layout.ranks):
@@ -409,18 +428,24 @@ class _Turns(contextlib.AbstractContextManager["_Turns"]):
         finally:
             # Neither the end of a job nor a mistake in the config is a try of the client.
             no_try = isinstance(failure, INTERRUPTED) or _is_mistake(failure)
-            self._end(client, None if failure is None else _reason(failure), no_try)
+            reason = None if failure is None else _reason(failure)
+            self._end(client, reason, no_try, self.share + time.monotonic() - started)
 
     @contextlib.contextmanager
     def of_all(self) -> Iterator[None]:
         """Do what comes before the turns; after an error there are none."""
+        started = time.monotonic()
+        self.meter.forget()
         try:
-            yield
+            with self.meter.phase("training"):
+                yield
         except Exception as error:
             for client in self.waiting():
                 self._end(client, _reason(error))
             if not _goes_on(error, self.job.layout.ranks):
                 raise
+        self.share = (time.monotonic() - started) / self.pack
+        self.share_training = self.meter.read().seconds.get("training", 0.0) / self.pack
 
     def __exit__(self, _: object, failure: BaseException | None, __: object) -> None:
         """Whose turn has not come had no try."""
@@ -428,9 +453,13 @@ class _Turns(contextlib.AbstractContextManager["_Turns"]):
         for client in self.waiting():
             self._end(client, reason)
 
-    def _end(self, client: int, error: str | None, no_try: bool = False) -> None:
+    def _end(
+        self, client: int, error: str | None, no_try: bool = False, seconds: float | None = None
+    ) -> None:
+        reading = self.meter.read()
         if began := self.begun.pop(client):
-            self.job.progress.end(began, error, interrupted=no_try)
+            costs = None if error else self.meter.costs(reading, self.share_training)
+            self.job.progress.end(began, error, no_try, seconds, costs)
 
 
 def _reason(failure: BaseException) -> str:

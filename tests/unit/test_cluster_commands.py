@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,6 +20,7 @@ import yaml
 from fedamole import head, launching, owner, slurm
 from fedamole.cli import clients, main
 from fedamole.errors import ClientError, FedamoleError
+from fedamole.meter import Meter
 from fedamole.progress import RoundProgress, read_progress
 from fedamole.snakemake_profile import read_profile, unquoted
 
@@ -324,8 +326,78 @@ def test_workers_get_their_own_number_of_threads(monkeypatch: pytest.MonkeyPatch
 
 def turns_of(progress: RoundProgress, monkeypatch: pytest.MonkeyPatch) -> clients._Turns:
     monkeypatch.setenv("RANK", "0")
-    job = SimpleNamespace(progress=progress, layout=launching.Layout())
-    return clients._Turns(cast(Any, job), [0, 1, 2])
+    job = SimpleNamespace(progress=progress, layout=launching.Layout(), work="train")
+    return clients._Turns(cast(Any, job), [0, 1, 2], Meter(), pack=3)
+
+
+def test_a_client_of_a_pack_counts_its_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve seconds of training together, then tests of two seconds in turn, of one to embed."""
+    now = stopped_clock(monkeypatch)
+    progress = RoundProgress(tmp_path, "train")
+    turns = turns_of(progress, monkeypatch)
+    meter = turns.meter
+    with turns:
+        with turns.of_all():
+            with meter.phase("loading"):
+                now(3)
+            now(12)
+        for client in turns.waiting():
+            with turns.of(client):
+                with meter.phase("testing"):
+                    now(2)
+                with meter.phase("embedding"):
+                    now(1)
+                meter.count(upload_bytes=10 + client)
+    found = read_progress(tmp_path)
+    assert [item.seconds for item in found] == [(3 + 12) / 3 + 3] * 3
+    assert [item.ended - item.started for item in found if item.ended] == [15 + 3, 15 + 6, 15 + 9]
+    costs = [item.costs for item in found if item.costs]
+    assert [item.training_seconds for item in costs] == [4, 4, 4]
+    assert [item.testing_seconds for item in costs] == [2, 2, 2]
+    assert [item.embedding_seconds for item in costs] == [1, 1, 1]
+    assert [item.upload_bytes for item in costs] == [10, 11, 12]
+    assert all(item.peak_memory_mb > 10 for item in costs)
+
+
+def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Stop all clocks; the function given lets seconds go by."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(time, "time", lambda: clock.now)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+
+    def go(seconds: float) -> None:
+        clock.now += seconds
+
+    return go
+
+
+def test_a_retried_client_costs_what_its_last_attempt_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = stopped_clock(monkeypatch)
+    progress = RoundProgress(tmp_path, "train")
+    turns = turns_of(progress, monkeypatch)
+    with turns:
+        for client in turns.waiting():
+            with turns.of(client):
+                now(5)
+                if client == 1:
+                    raise ClientError("it diverged")
+    assert [bool(item.costs) for item in read_progress(tmp_path)] == [True, False, True]
+    job = SimpleNamespace(progress=progress, layout=launching.Layout(), work="train")
+    with clients._Turns(cast(Any, job), [1], Meter()) as again, again.of(1):
+        now(7)
+    seconds = [item.costs.training_seconds for item in read_progress(tmp_path) if item.costs]
+    assert seconds == [5, 7, 5]
+
+
+def test_a_record_of_an_older_version_is_read(tmp_path: Path) -> None:
+    old = {"work": "train", "client": 0, "state": "done", "started": 5.0, "seconds": 2.0}
+    (tmp_path / "train_000.json").write_text(json.dumps(old))
+    (found,) = read_progress(tmp_path)
+    assert (found.seconds, found.ended, found.pack, found.costs) == (2.0, None, 1, None)
 
 
 def test_what_fails_for_a_whole_pack_is_the_try_of_no_client(

@@ -28,7 +28,8 @@ LAYERS = [
     }
     | {"slurm", "slurm_site", "snakemake_profile", "launching", "backbone_limits"}
     | {"machine"},
-    {"artifacts", "pools", "hdf5", "pool_files", "pool_parts", "records", "progress", "owner"},
+    {"artifacts", "pools", "hdf5", "pool_files", "pool_parts", "records", "progress", "owner"}
+    | {"meter"},
     {"partition", "assignment", "aggregation", "targets", "results", "rendering", "tables"}
     | {"comparison", "main_table", "clients_table", "spread_table", "significance"}
     | {"sweep_table", "published_table", "markup"}
@@ -38,7 +39,8 @@ LAYERS = [
     | {"drawing", "drawing_parts", "drawing_bars", "drawing_lines", "drawing_heat"}
     | {"drawing_routing", "figures", "config_reference"}
     | {"planning", "study_status", "head"}
-    | {"manifest", "cache", "cache_archive"},
+    | {"manifest", "cache", "cache_archive"}
+    | {"costs", "overhead_table", "drawing_overhead"},
     {"datasets", "distributed", "batches", "routing", "hmole_function", "hmole", "hmole_peft"}
     | {
         "backbone",
@@ -48,8 +50,10 @@ LAYERS = [
         "embeddings",
         "contexts",
         "generation",
+        "machine",
         "evaluation",
         "client",
+        "device_meter",
         "forms",
         "mutual",
         "packed_layer",

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +114,22 @@ def status(plan: Plan, *rounds: RoundFacts, now: float = 0.0) -> WorkStatus:
     known = dict(zip(plan.rounds, rounds, strict=False))
     every = {round_: known.get(round_, RoundFacts()) for round_ in plan.rounds}
     return work_status(plan, every, lambda _: "lives", now)
+
+
+def test_clients_of_a_pack_count_their_shares() -> None:
+    """Two packs of two, of 20 and 40 s together: no client is slow, and the round takes 60 s."""
+    ends = {0: 118.0, 1: 120.0, 2: 158.0, 3: 160.0}
+    packed = tuple(
+        replace(record(client, 100.0 + 20 * (client // 2), 10.0), ended=end, pack=2)
+        for client, end in ends.items()
+    )
+    everyone = frozenset(ends)
+    running = replace(record(0, 160.0, None, "running"), pack=2)
+    rounds = RoundFacts(everyone, records=packed), RoundFacts(records=(running,))
+    found = status(plan(3, clients=4), *rounds, now=180.0)
+    assert found.seconds_per_round == 60
+    assert found.slowest
+    assert found.slowest.ratio == 1.0
 
 
 def test_a_round_lasts_until_the_next_begins() -> None:

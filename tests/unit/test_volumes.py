@@ -4,12 +4,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from federation import CHECKOUT, Federation, Round
 
 from fedamole.artifacts import Header
 from fedamole.config import Config, load_config
+from fedamole.meter import state_bytes, upload_bytes
 from fedamole.planning.contents import virtual_tokens
 from fedamole.planning.model_size import model_size
 from fedamole.planning.volumes import Volumes, volumes_of
@@ -101,6 +103,30 @@ def test_files_are_as_large_as_planned(played: Played, federation: Federation) -
     assert {name: getattr(computed, name) for name in sizes} == pytest.approx(sizes, rel=0.1)
     assert computed.pool + computed.server == pytest.approx(last, rel=0.1)
     assert computed.download == pytest.approx(sent)
+
+
+def test_what_is_measured_is_what_is_sent(played: Played, federation: Federation) -> None:
+    """The costs of a client count arrays; the plan counts files, with what HDF5 adds to them."""
+    computed = planned(federation, played.config)
+    uploads = [result.upload for each in played.rounds for result in each.results.values()]
+    states = [state for each in played.rounds for state in each.states.values()]
+    files = [arrays_of(path) for path in sorted(played.folder.glob("client_*.h5"))]
+    measured = [upload_bytes(upload) for upload in uploads]
+    assert sorted(measured) == sorted(sum(sizes) for sizes in files)
+    of_hdf5 = np.mean(played.bytes_of("client_*.h5")) - np.mean(measured)
+    # The prompt of fedprompt, and what HDF5 needs where nothing is sent, are planned roughly.
+    assert np.mean(measured) == pytest.approx(computed.upload - of_hdf5, rel=0.1, abs=700)
+    assert np.mean([*map(state_bytes, states)]) == pytest.approx(computed.download, rel=0.1)
+
+
+def arrays_of(path: Path) -> list[int]:
+    """Bytes of all arrays of a file."""
+    sizes: list[int] = []
+    with h5py.File(path, locking=False) as file:
+        file.visititems(
+            lambda _, item: sizes.append(item.nbytes) if isinstance(item, h5py.Dataset) else None
+        )
+    return sizes
 
 
 def test_what_clients_keep_is_as_large_as_planned(played: Played, federation: Federation) -> None:

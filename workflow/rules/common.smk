@@ -320,6 +320,19 @@ def progress_of_round(wildcards, output):
     return PROGRESS.format(**wildcards)
 
 
+def folder_of_run(name):
+    """Params function: folder of a run under one such as progress, with a folder for each round.
+
+    It takes the outputs for the same reason as client_numbers.
+    """
+
+    def of_job(wildcards, output):
+        run = METHODS[wildcards.method].run
+        return f"{RESULTS}/{name}/{wildcards.scenario}/{run}"
+
+    return of_job
+
+
 def quorum(wildcards, output):
     """Params function: the share of clients that must report.
 

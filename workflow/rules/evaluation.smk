@@ -99,3 +99,38 @@ rule write_manifest:
             --out {output:q} \
             2>&1 | tee {log:q}
         """
+
+
+rule gather_costs:
+    """Collect what a run cost: it differs from time to time, so it is in no metrics file.
+
+    Nobody reads uploads or pools here, which `fedamole prune` may have deleted: the jobs that had
+    them have said how large they were.
+    """
+    input:
+        metrics=rules.gather.output,
+    output:
+        f"{RESULTS}/metrics/{{scenario}}/{{method}}.costs.json",
+    log:
+        f"{RESULTS}/logs/{{scenario}}/gather_costs_{{method}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{{scenario}}/gather_costs_{{method}}.tsv"
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        settings=method_settings,
+        progress=folder_of_run("progress"),
+        benchmarks=folder_of_run("benchmarks"),
+    shell:
+        r"""
+        fedamole gather-costs \
+            --settings {params.settings:q} \
+            --scenario {wildcards.scenario:q} \
+            --method {wildcards.method:q} \
+            --metrics {input.metrics:q} \
+            --progress {params.progress:q} \
+            --benchmarks {params.benchmarks:q} \
+            --out {output:q} \
+            2>&1 | tee {log:q}
+        """
