@@ -17,11 +17,13 @@ from matplotlib.figure import Figure
 from fedamole.drawing import draw_assignment, draw_classes, draw_experts, draw_rounds
 from fedamole.drawing_bars import draw_bars
 from fedamole.drawing_lines import draw_stability, draw_sweep
+from fedamole.drawing_overhead import draw_overhead
 from fedamole.drawing_parts import LEGEND_POINTS, TICK_POINTS
 from fedamole.drawing_routing import draw_routing
 from fedamole.figure_data import Rows, assignment_rows, classes_rows, experts_rows, rounds_rows
 from fedamole.figure_rows_experts import routing_rows, stability_rows
 from fedamole.figure_rows_scores import bars_rows, sweep_rows
+from fedamole.overhead_table import overhead_bars
 from fedamole.results import (
     FIGURE_FORMATS,
     Metrics,
@@ -140,6 +142,13 @@ def _one(rows_of: Callable[[Metrics, ResultsStage], Rows]) -> RowsOf:
     return of_study
 
 
+def _overhead_bars(metrics: Metrics, settings: ResultsStage) -> Iterator[Rows]:
+    """Rows of the figure of each scenario."""
+    bars = overhead_bars(metrics.costs)
+    for scenario in settings.scenarios:
+        yield [row for row in bars if row["scenario"] == scenario]
+
+
 # Kind -> the rows of its figures, in the order of their names, and how they are drawn.
 DRAWN: dict[FigureName, tuple[RowsOf, Callable[[Rows], Figure]]] = {
     "rounds": (_one(rounds_rows), draw_rounds),
@@ -147,6 +156,7 @@ DRAWN: dict[FigureName, tuple[RowsOf, Callable[[Rows], Figure]]] = {
     "sweep": (_one(sweep_rows), draw_sweep),
     "stability": (_one(stability_rows), draw_stability),
     "routing": (_one_per_run(routing_rows), draw_routing),
+    "overhead": (_overhead_bars, draw_overhead),
     "classes": (_one_per_slug(classes_rows), draw_classes),
     "experts": (_one_per_run(experts_rows), draw_experts),
     "assignment": (_one_per_run(assignment_rows), draw_assignment),

@@ -7,13 +7,14 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
 from fedamole.artifacts import Header
 from fedamole.config import parse
+from fedamole.costs import StudyCosts, read_study_costs
 from fedamole.errors import FedamoleError
 from fedamole.records import (
     KIND,
@@ -76,6 +77,8 @@ def figures_of(kind: FigureName, settings: ResultsStage) -> list[str]:
     slugs = slugs_of(settings)
     if kind == "classes":
         return [f"{slug}-classes" for slug in slugs]
+    if kind == "overhead":
+        return [f"{scenario}-overhead" for scenario in settings.scenarios]
     if kind in ("experts", "assignment", "routing"):
         methods = with_experts(settings)
         return [f"{slug}-{method}-{kind}" for slug in slugs for method in methods]
@@ -103,6 +106,11 @@ _NEEDS: dict[TableName, str] = {
     "sweep": "a sweep",
     "published": "numbers of a paper, in tables: published",
 }
+
+
+def asks_for_costs(settings: ResultsStage) -> bool:
+    """Whether a table or figure shows what the runs cost."""
+    return "overhead" in (*tables(settings), *figure_kinds(settings))
 
 
 def slugs_of(settings: ResultsStage) -> list[str]:
@@ -177,16 +185,27 @@ def mean_loss(records: Sequence[ClientRecord]) -> float:
 
 @dataclass(frozen=True)
 class Metrics:
-    """All runs of a study by scenario slug (with the seed) and method."""
+    """All runs of a study.
+
+    Attributes
+    ----------
+    runs
+        By scenario slug (with the seed) and method.
+    costs
+        What they cost, where a table or figure shows it.
+    """
 
     runs: dict[tuple[str, str], Run]
+    costs: StudyCosts = field(default_factory=dict)
 
     def run(self, scenario: str, method: str) -> Run:
         """Look up the run of a method on a scenario slug."""
         return self.runs[scenario, method]
 
 
-def read_metrics(paths: Iterable[Path], settings: ResultsStage) -> Metrics:
+def read_metrics(
+    paths: Iterable[Path], settings: ResultsStage, costs: Iterable[Path] = ()
+) -> Metrics:
     """Read the metrics files of a study, and refuse all that could not be compared.
 
     Parameters
@@ -195,6 +214,8 @@ def read_metrics(paths: Iterable[Path], settings: ResultsStage) -> Metrics:
         One file for each scenario, seed and method of the settings, in any order.
     settings
         The study.
+    costs
+        Files of costs, in any order, where the study shows them.
 
     Raises
     ------
@@ -214,7 +235,8 @@ def read_metrics(paths: Iterable[Path], settings: ResultsStage) -> Metrics:
         if key not in runs:
             raise FedamoleError(f"no metrics file of {key[1]} on {key[0]} was given")
     _check_same(known)
-    return Metrics({key: runs[key] for key in expected(settings)})
+    spent = read_study_costs(costs, settings) if asks_for_costs(settings) else {}
+    return Metrics({key: runs[key] for key in expected(settings)}, spent)
 
 
 def read_run(path: Path, digests: Mapping[str, Mapping[str, str]] | None = None) -> Run:

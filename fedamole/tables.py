@@ -14,6 +14,7 @@ from fedamole.assignment_table import (
 from fedamole.clients_table import clients_columns, clients_rows
 from fedamole.comparison import note
 from fedamole.main_table import loss_columns, main_rows, score_columns
+from fedamole.overhead_table import overhead_columns, overhead_notes, overhead_rows
 from fedamole.privacy_tables import client_epsilon_columns, epsilon_columns
 from fedamole.published_table import published_listing, published_notes, published_rows
 from fedamole.rendering import Table, html_page, html_table, latex, latex_notes, markdown
@@ -108,6 +109,13 @@ def _sweep(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
     return files | titled("sweep", "Sweep", columns, settings, remarks, sweep_grid(settings))
 
 
+def _overhead(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
+    """Render the tables of costs."""
+    columns, remarks = overhead_columns(metrics.costs), overhead_notes(metrics.costs)
+    files = {"overhead.csv": csv_text(overhead_rows(metrics.costs))}
+    return files | titled("overhead", "Overhead", columns, settings, remarks)
+
+
 def _published(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
     """Render the table of published numbers."""
     title = "Published numbers"
@@ -163,5 +171,6 @@ RENDERED: dict[TableName, Callable[[Metrics, ResultsStage], dict[str, str]]] = {
     "significance": _significance,
     "assignments": _assignments,
     "sweep": _sweep,
+    "overhead": _overhead,
     "published": _published,
 }

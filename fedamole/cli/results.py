@@ -14,7 +14,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     tables = subparsers.add_parser("tables", help="draw up the result tables (csv, md, tex, html)")
     _add_options(tables)
     tables.set_defaults(command=run_tables)
-    figures = subparsers.add_parser("figures", help="draw the figures (svg, png, csv)")
+    figures = subparsers.add_parser("figures", help="draw the figures (svg, pdf, png, csv)")
     _add_options(figures)
     figures.set_defaults(command=run_figures)
 
@@ -32,6 +32,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="metrics files, one per scenario, seed and method, in any order",
     )
     parser.add_argument(
+        "--costs",
+        default=[],
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help="files of costs, one per metrics file, where the overhead is shown",
+    )
+    parser.add_argument(
         "--out-dir", required=True, type=Path, metavar="DIR", help="folder for the files"
     )
 
@@ -41,7 +49,7 @@ def run_tables(args: argparse.Namespace) -> None:
     from fedamole.tables import table_files
 
     settings = parse(ResultsStage, args.settings, "--settings")
-    metrics = read_metrics(args.metrics, settings)
+    metrics = read_metrics(args.metrics, settings, args.costs)
     for name, text in table_files(metrics, settings).items():
         _write(args.out_dir / name, text.encode())
 
@@ -51,7 +59,7 @@ def run_figures(args: argparse.Namespace) -> None:
     from fedamole.figures import figure_files
 
     settings = parse(ResultsStage, args.settings, "--settings")
-    metrics = read_metrics(args.metrics, settings)
+    metrics = read_metrics(args.metrics, settings, args.costs)
     for name, content in figure_files(metrics, settings):
         _write(args.out_dir / name, content)
 

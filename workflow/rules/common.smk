@@ -10,7 +10,7 @@ from fedamole.config import check_config_files, load_config
 from fedamole.errors import FedamoleError
 from fedamole.planning import workload
 from fedamole.registry import METHODS, RUNS
-from fedamole.results import figure_names, table_names
+from fedamole.results import asks_for_costs, figure_names, table_names
 from snakemake.exceptions import WorkflowError
 
 LIBRARY = Path(workflow.basedir) / "configs"
@@ -408,4 +408,10 @@ def shown():
 
 
 METRICS, RESULTS_STAGE, TABLES, FIGURES = shown()
+# What runs cost differs from time to time: gathered only where it is shown.
+COSTS = [
+    str(path).removesuffix(".jsonl") + ".costs.json"
+    for path in METRICS
+    if asks_for_costs(RESULTS_STAGE)
+]
 MANIFEST = f"{RESULTS}/metrics/manifest.json"

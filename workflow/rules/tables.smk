@@ -4,7 +4,8 @@
 rule draw_tables:
     """Write the tables: methods x scenarios, and client by client."""
     input:
-        METRICS,
+        metrics=METRICS,
+        costs=COSTS,
     output:
         [report_table(path) for path in TABLES],
     log:
@@ -21,7 +22,8 @@ rule draw_tables:
         r"""
         fedamole tables \
             --settings {params.settings:q} \
-            --metrics {input:q} \
+            --metrics {input.metrics:q} \
+            --costs {input.costs:q} \
             --out-dir {params.folder:q} \
             2>&1 | tee {log:q}
         """
@@ -30,7 +32,8 @@ rule draw_tables:
 rule draw_figures:
     """Draw the figures, each as svg and png and with the numbers it shows."""
     input:
-        METRICS,
+        metrics=METRICS,
+        costs=COSTS,
     output:
         [report_figure(path) for path in FIGURES],
     log:
@@ -47,7 +50,8 @@ rule draw_figures:
         r"""
         fedamole figures \
             --settings {params.settings:q} \
-            --metrics {input:q} \
+            --metrics {input.metrics:q} \
+            --costs {input.costs:q} \
             --out-dir {params.folder:q} \
             2>&1 | tee {log:q}
         """
