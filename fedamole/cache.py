@@ -10,9 +10,19 @@ from pathlib import Path
 
 from fedamole.config import Config
 from fedamole.errors import FedamoleError
-from fedamole.manifest import MANIFEST, Entry, checked, content_of, metrics_name, read_manifest
+from fedamole.manifest import (
+    MANIFEST,
+    Entry,
+    Manifest,
+    check_bytes,
+    checked,
+    content_of,
+    costs_name,
+    metrics_name,
+    read_manifest,
+)
 from fedamole.registry import lookup
-from fedamole.results import expected
+from fedamole.results import asks_for_costs, expected
 from fedamole.stages import (
     ResultsStage,
     Versions,
@@ -33,6 +43,8 @@ class Cache:
     ----------
     metrics
         The metrics files, in the order of the tables.
+    costs
+        The files of costs, in the same order, where the study shows them.
     settings
         The settings to draw tables and figures with: those of the config, with the digests that
         the files have. They differ from :func:`fedamole.stages.results_stage` for accepted stale
@@ -40,6 +52,7 @@ class Cache:
     """
 
     metrics: list[Path]
+    costs: list[Path]
     settings: ResultsStage
 
 
@@ -77,6 +90,8 @@ def check_cache(folder: Path, config: Config, accept_stale: bool = False) -> Cac
                 stale[slug, method] = entry.versions
         except FedamoleError as error:
             problems.append(str(error))
+    costs, broken = _costs(folder, settings, manifest)
+    problems += broken
     changes = {key: _changes(key[1], made_by) for key, made_by in stale.items()}
     if not accept_stale:
         problems += [
@@ -88,7 +103,23 @@ def check_cache(folder: Path, config: Config, accept_stale: bool = False) -> Cac
         raise FedamoleError("\n".join(problems))
     for change, count in Counter(changes.values()).items():
         logger.warning("%s: %d stale files, made by other code (%s)", folder, count, change)
-    return Cache(paths, results_stage(config, stale) if stale else settings)
+    return Cache(paths, costs, results_stage(config, stale) if stale else settings)
+
+
+def _costs(
+    folder: Path, settings: ResultsStage, manifest: Manifest
+) -> tuple[list[Path], list[str]]:
+    """Files of costs that the study shows, and what is wrong with them."""
+    paths: list[Path] = []
+    problems: list[str] = []
+    for slug, method in expected(settings) if asks_for_costs(settings) else ():
+        name = costs_name(slug, method)
+        paths.append(folder / name)
+        try:
+            check_bytes(folder / name, content_of(folder / name), manifest.costs.get(name))
+        except FedamoleError as error:
+            problems.append(str(error))
+    return paths, problems
 
 
 def _is_stale(path: Path, entry: Entry, config: Config, wanted: str) -> bool:

@@ -9,7 +9,15 @@ from pathlib import Path
 
 from fedamole.artifacts import replacing
 from fedamole.errors import FedamoleError
-from fedamole.manifest import MANIFEST, Manifest, checked, content_of, parse_manifest, read_manifest
+from fedamole.manifest import (
+    MANIFEST,
+    Manifest,
+    check_bytes,
+    checked,
+    content_of,
+    parse_manifest,
+    read_manifest,
+)
 
 # Bytes of all files together. A study of a hundred rows has a few ten MB; all are read at once.
 LIMIT = 2**29
@@ -71,7 +79,10 @@ def verify(path: Path) -> Contents:
     problems: list[str] = []
     for name, content in sorted(contents.files.items()):
         try:
-            checked(path / name, content, contents.manifest.files[name])
+            if name in contents.manifest.costs:
+                check_bytes(path / name, content, contents.manifest.costs[name])
+            else:
+                checked(path / name, content, contents.manifest.files[name])
         except FedamoleError as error:
             problems.append(str(error))
     problems += [f"{path / name}: is not in the manifest" for name in contents.strangers]
@@ -149,8 +160,8 @@ def _read_folder(folder: Path) -> Contents:
         folder,
         manifest,
         path.read_bytes(),
-        {name: content_of(folder / name) for name in manifest.files},
-        sorted(set(names) - set(manifest.files) - {MANIFEST}),
+        {name: content_of(folder / name) for name in (*manifest.files, *manifest.costs)},
+        sorted(set(names) - {*manifest.files, *manifest.costs, MANIFEST}),
     )
 
 
@@ -168,8 +179,8 @@ def _read_archive(path: Path) -> Contents:
         raise FedamoleError(f"{path}: has no {MANIFEST}; `fedamole cache pack` makes archives")
     text = members.pop(MANIFEST)
     manifest = parse_manifest(text, path / MANIFEST)
-    files = {name: members.get(name) for name in manifest.files}
-    return Contents(path, manifest, text, files, sorted(set(members) - set(manifest.files)))
+    files = {name: members.get(name) for name in (*manifest.files, *manifest.costs)}
+    return Contents(path, manifest, text, files, sorted(set(members) - set(files)))
 
 
 def _members(path: Path) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from fedamole import records
 from fedamole.artifacts import Header, canonical, parse_record, write_record
 from fedamole.config import parse
+from fedamole.costs import read_costs
 from fedamole.errors import FedamoleError
 from fedamole.machine import Machine
 from fedamole.registry import lookup
@@ -56,11 +57,22 @@ class Entry(Facts):
     """Place in the list of machines."""
 
 
+class CostsEntry(Section):
+    """What the manifest says of a file of costs."""
+
+    sha256: str
+    """SHA-256 of the file."""
+    size: int
+    """Bytes."""
+
+
 class Manifest(Section):
     """Where the numbers of a cache come from."""
 
     files: dict[str, Entry]
-    """Path in the folder -> the file."""
+    """Path in the folder -> the metrics file."""
+    costs: dict[str, CostsEntry] = {}
+    """Path in the folder -> the file of costs beside a metrics file."""
     machines: list[Machine]
     """Where the files were first described, in the order of the files; see :func:`describe`."""
 
@@ -71,12 +83,41 @@ class Manifest(Section):
                 raise ValueError(f"{name!r} is not the place of {entry.method} on {entry.scenario}")
             if entry.machine >= len(self.machines):
                 raise ValueError(f"{name!r}: machine {entry.machine} is not in the list")
+        beside = {costs_name(entry.scenario, entry.method) for entry in self.files.values()}
+        if strange := sorted(set(self.costs) - beside):
+            raise ValueError(f"{strange[0]!r} is beside no metrics file")
         return self
 
 
 def metrics_name(scenario: str, method: str) -> str:
     """Path of a metrics file in its folder."""
     return f"{scenario}/{method}.jsonl"
+
+
+def costs_name(scenario: str, method: str) -> str:
+    """Path of a file of costs in the folder of the metrics."""
+    return f"{scenario}/{method}.costs.json"
+
+
+def check_bytes(path: Path, content: bytes | None, entry: Entry | CostsEntry | None) -> bytes:
+    """Compare the bytes of a file with what the manifest says of them, and return them.
+
+    Raises
+    ------
+    FedamoleError
+        If they differ, or one is missing.
+    """
+    if content is None:
+        raise FedamoleError(f"{path}: is missing")
+    if entry is None:
+        raise FedamoleError(f"{path}: is not in the manifest")
+    found = hashlib.sha256(content).hexdigest()
+    if (found, len(content)) != (entry.sha256, entry.size):
+        raise FedamoleError(
+            f"{path}: differs from the manifest (SHA-256 {found[:12]}, {len(content)} bytes; the "
+            f"manifest says {entry.sha256[:12]}, {entry.size} bytes)"
+        )
+    return content
 
 
 def checked(path: Path, content: bytes | None, entry: Entry | None) -> Entry:
@@ -96,16 +137,8 @@ def checked(path: Path, content: bytes | None, entry: Entry | None) -> Entry:
     FedamoleError
         If they differ, or one is missing.
     """
-    if content is None:
-        raise FedamoleError(f"{path}: is missing")
-    if entry is None:
-        raise FedamoleError(f"{path}: is not in the manifest")
-    found = hashlib.sha256(content).hexdigest()
-    if (found, len(content)) != (entry.sha256, entry.size):
-        raise FedamoleError(
-            f"{path}: differs from the manifest (SHA-256 {found[:12]}, {len(content)} bytes; the "
-            f"manifest says {entry.sha256[:12]}, {entry.size} bytes)"
-        )
+    content = check_bytes(path, content, entry)
+    assert entry is not None
     for name, value in facts_of(content, path):
         if value != getattr(entry, name):
             said = f"{getattr(entry, name)!r}, the file {value!r}"
@@ -177,9 +210,28 @@ def describe(
         machines += [where] if where not in machines else []
         name = metrics_name(entry.scenario, entry.method)
         files[name] = entry.model_copy(update={"machine": machines.index(where)})
-    if problems:
+    costs, broken = _costs(folder, files.values())
+    if problems := problems + broken:
         raise FedamoleError("\n".join(problems))
-    return Manifest(files=files, machines=machines)
+    return Manifest(files=files, costs=costs, machines=machines)
+
+
+def _costs(folder: Path, entries: Iterable[Entry]) -> tuple[dict[str, CostsEntry], list[str]]:
+    """Describe the files of costs beside metrics files, and say what is wrong with others."""
+    found: dict[str, CostsEntry] = {}
+    problems: list[str] = []
+    for entry in entries:
+        name = costs_name(entry.scenario, entry.method)
+        content = content_of(folder / name)
+        if content is None:
+            continue
+        try:
+            read_costs(folder / name, entry.digest)
+        except FedamoleError as error:
+            problems.append(str(error))
+        sha256 = hashlib.sha256(content).hexdigest()
+        found[name] = CostsEntry(sha256=sha256, size=len(content))
+    return found, problems
 
 
 def _entry(

@@ -384,34 +384,34 @@ def report_figure(path):
 
 
 def metrics_of_study():
-    """The metrics that the tables are made of, and their settings; in cached mode checked."""
+    """Metrics and costs that are shown, and their settings; in cached mode checked."""
     if CACHED:
         cache = check_cache(Path(CACHE), CONFIG, CONFIG.stale == "accept")
-        return cache.metrics, cache.settings
-    paths = expand(
-        f"{RESULTS}/metrics/{{scenario}}/{{method}}.jsonl",
-        scenario=SCENARIOS,
-        method=CONFIG.methods,
-    )
-    return paths, stages.results_stage(CONFIG)
+        return cache.metrics, cache.costs, cache.settings
+    results = stages.results_stage(CONFIG)
+    # What runs cost differs from time to time: gathered only where it is shown.
+    kinds = ["jsonl"] + asks_for_costs(results) * ["costs.json"]
+    files = [
+        expand(
+            f"{RESULTS}/metrics/{{scenario}}/{{method}}.{kind}",
+            scenario=SCENARIOS,
+            method=CONFIG.methods,
+        )
+        for kind in kinds
+    ]
+    return files[0], sum(files[1:], []), results
 
 
 def shown():
-    """Metrics, their settings, tables and figures; what cannot be shown ends the parse."""
+    """Name the tables and figures too; what cannot be shown ends the parse."""
     try:
-        metrics, results = metrics_of_study()
+        metrics, costs, results = metrics_of_study()
         tables = [f"{OUTPUT}/tables/{name}" for name in table_names(results)]
         figures = [f"{OUTPUT}/figures/{name}" for name in figure_names(results)]
     except FedamoleError as error:
         raise WorkflowError(str(error)) from None
-    return metrics, results, tables, figures
+    return metrics, costs, results, tables, figures
 
 
-METRICS, RESULTS_STAGE, TABLES, FIGURES = shown()
-# What runs cost differs from time to time: gathered only where it is shown.
-COSTS = [
-    str(path).removesuffix(".jsonl") + ".costs.json"
-    for path in METRICS
-    if asks_for_costs(RESULTS_STAGE)
-]
+METRICS, COSTS, RESULTS_STAGE, TABLES, FIGURES = shown()
 MANIFEST = f"{RESULTS}/metrics/manifest.json"

@@ -78,7 +78,8 @@ rule gather:
 rule write_manifest:
     """List the metrics files with what they were made under, for a move to another machine."""
     input:
-        METRICS,
+        metrics=METRICS,
+        costs=COSTS,
     output:
         # Of files that did not change, the old one knows where they were made.
         update(MANIFEST),
@@ -95,7 +96,7 @@ rule write_manifest:
         r"""
         fedamole cache manifest \
             --settings {params.settings:q} \
-            --metrics {input:q} \
+            --metrics {input.metrics:q} \
             --out {output:q} \
             2>&1 | tee {log:q}
         """
