@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from fedamole.drawing import draw_assignment, draw_classes, draw_experts, draw_rounds
 from fedamole.drawing_bars import draw_bars
 from fedamole.drawing_lines import draw_stability, draw_sweep
-from fedamole.drawing_parts import LEGEND_POINTS, TICK_POINTS
+from fedamole.drawing_parts import LEGEND_POINTS, TICK_POINTS, TITLE_POINTS
 from fedamole.drawing_routing import draw_routing
 from fedamole.figure_data import Rows, assignment_rows, classes_rows, experts_rows, rounds_rows
 from fedamole.figure_rows_experts import routing_rows, stability_rows
@@ -47,7 +47,7 @@ _DATED = {
 
 STYLE: dict[str, Any] = {
     "font.size": 7,
-    "axes.titlesize": 7.5,
+    "axes.titlesize": TITLE_POINTS,
     "axes.labelsize": 7,
     "xtick.labelsize": TICK_POINTS,
     "ytick.labelsize": TICK_POINTS,

@@ -14,7 +14,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     tables = subparsers.add_parser("tables", help="draw up the result tables (csv, md, tex, html)")
     _add_options(tables)
     tables.set_defaults(command=run_tables)
-    figures = subparsers.add_parser("figures", help="draw the figures (svg, png, csv)")
+    figures = subparsers.add_parser("figures", help="draw the figures (svg, pdf, png, csv)")
     _add_options(figures)
     figures.set_defaults(command=run_figures)
 
