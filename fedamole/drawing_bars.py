@@ -12,11 +12,14 @@ from fedamole.drawing_parts import (
     COLUMN_INCHES,
     EDGE,
     PAGE_INCHES,
+    TICK_POINTS,
     colour,
     hatch,
+    inches,
     legend_below,
     legend_columns,
     legend_height,
+    parts_of,
     unique,
     wrapped,
 )
@@ -30,7 +33,6 @@ BESIDE_INCHES = 0.45
 BAND_INCHES = 1.9
 # Narrower bars cannot be told apart; wider ones say no more.
 NARROWEST_INCHES, WIDEST_INCHES = 0.06, 0.35
-NARROWEST_GROUP_INCHES = 0.55
 # A number beside the next one, and one that stands on end.
 NUMBER_INCHES, NUMBER_ON_END_INCHES = 0.26, 0.085
 
@@ -80,7 +82,9 @@ def bands_of_panels(metrics: dict[str, str], methods: int, width: float) -> list
     width
         Of the figure, in inches.
     """
-    group = max(NARROWEST_GROUP_INCHES, NARROWEST_INCHES * (methods + 1))
+    parts = [part for name in metrics for part in parts_of(name)]
+    longest = max(inches(part, TICK_POINTS) for part in parts) + 0.06
+    group = min(max(longest, NARROWEST_INCHES * (methods + 1)), width - BESIDE_INCHES)
     kinds = dict.fromkeys(metrics.values())
     alike = [[name for name in metrics if metrics[name] == kind] for kind in kinds]
     if sum(len(names) * group + BESIDE_INCHES for names in alike) <= width:
@@ -103,7 +107,7 @@ def _draw_panel(axes: Axes, rows: Rows, scenarios: Panel, unit: float) -> None:
         _draw_method(axes, method, places, cells, width)
         _write_scores(axes, places, cells, width * unit)
     axes.grid(axis="y")
-    axes.set_xticks(range(len(scenarios)), [wrapped(name, 0.95 * unit) for name in scenarios])
+    axes.set_xticks(range(len(scenarios)), [wrapped(name, unit - 0.04) for name in scenarios])
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.5, len(scenarios) - 0.5)
     axes.set_ylabel(f"{METRIC_LABELS[own[0]['metric']]} (%)")
@@ -140,9 +144,9 @@ def _draw_method(
         axes.errorbar(places, means, stds, fmt="none", ecolor=EDGE, elinewidth=0.7, capsize=1.5)
 
 
-def _write_scores(axes: Axes, places: np.ndarray, cells: Sequence[Cell], inches: float) -> None:
+def _write_scores(axes: Axes, places: np.ndarray, cells: Sequence[Cell], width: float) -> None:
     """Write the score above each bar, on end above a narrow one; nothing above the narrowest."""
-    if inches < NUMBER_ON_END_INCHES:
+    if width < NUMBER_ON_END_INCHES:
         return
     for place, cell in zip(places, cells, strict=True):
         missing = np.isnan(cell.mean)
@@ -151,7 +155,7 @@ def _write_scores(axes: Axes, places: np.ndarray, cells: Sequence[Cell], inches:
             (place, 0 if missing else cell.mean + (cell.std or 0)),
             xytext=(0, 1.5),
             textcoords="offset points",
-            rotation=0 if inches >= NUMBER_INCHES else 90,
+            rotation=0 if width >= NUMBER_INCHES else 90,
             size=5,
             ha="center",
             va="bottom",

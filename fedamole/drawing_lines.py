@@ -16,6 +16,7 @@ from fedamole.drawing_parts import (
     COLUMN_INCHES,
     PAGE_INCHES,
     TICK_POINTS,
+    TITLE_POINTS,
     colour,
     inches,
     legend_below,
@@ -24,6 +25,7 @@ from fedamole.drawing_parts import (
     line_style,
     setting_axis,
     unique,
+    wrapped,
 )
 from fedamole.figure_data import Rows
 from fedamole.figure_rows_scores import swept
@@ -32,12 +34,16 @@ from fedamole.registry import lookup
 
 MOST_PANELS_BESIDE = 3
 PANEL_INCHES = 1.75
+TITLE_MARGIN_INCHES = 0.5
 # Between the lines of two methods at one value, as a share of the step to the next value.
 APART = 0.05
 
 
-def panels_of_lines(count: int, methods: Sequence[str]) -> tuple[Figure, list[Axes], int]:
-    """Make a figure with so many panels, and say in how many columns its legend fits."""
+def panels_of_lines(
+    titles: Sequence[str], methods: Sequence[str]
+) -> tuple[Figure, list[Axes], int]:
+    """Make a figure with a panel per title, and say in how many columns its legend fits."""
+    count = len(titles)
     columns = min(count, MOST_PANELS_BESIDE)
     bands = -(-count // columns)
     width = COLUMN_INCHES if columns == 1 else PAGE_INCHES
@@ -47,8 +53,9 @@ def panels_of_lines(count: int, methods: Sequence[str]) -> tuple[Figure, list[Ax
     grid = figure.subplots(bands, columns, squeeze=False)
     for axes in grid.flat[count:]:
         axes.set_visible(False)
-    for axes in grid.flat[:count]:
+    for axes, title in zip(grid.flat, titles, strict=False):
         axes.grid(axis="y")
+        axes.set_title(wrapped(title, width / columns - TITLE_MARGIN_INCHES, TITLE_POINTS))
     return figure, list(grid.flat[:count]), per_line
 
 
@@ -63,11 +70,10 @@ def draw_sweep(rows: Rows) -> Figure:
 def _draw_one_setting(rows: Rows) -> Figure:
     """Draw a panel per scenario, a line per method; error bars are deviations over seeds."""
     (key,), bases = swept(rows), unique(rows, "base")
-    figure, panels, per_line = panels_of_lines(len(bases), unique(rows, "method"))
+    figure, panels, per_line = panels_of_lines(bases, unique(rows, "method"))
     for axes, base in zip(panels, bases, strict=True):
         own = [row for row in rows if row["base"] == base]
         _draw_sweep_panel(axes, own, key)
-        axes.set_title(base)
         axes.set_ylabel(f"{METRIC_LABELS[own[0]['metric']]} (%)")
     legend_below(figure, panels[0], per_line)
     seeds = len(unique(rows, "seed"))
@@ -116,11 +122,11 @@ def _draw_sweep_panel(axes: Axes, rows: Rows, key: str) -> None:
 def draw_stability(rows: Rows) -> Figure:
     """Draw the share of experts that clients keep, round by round: mean and range over seeds."""
     scenarios = unique(rows, "scenario")
-    figure, panels, per_line = panels_of_lines(len(scenarios), unique(rows, "method"))
+    figure, panels, per_line = panels_of_lines(scenarios, unique(rows, "method"))
     for axes, scenario in zip(panels, scenarios, strict=True):
         own = [row for row in rows if row["scenario"] == scenario]
         _draw_kept(axes, [row for row in own if row["kept"] is not None])
-        axes.set(title=scenario, xlabel="round", ylim=(-0.03, 1.03))
+        axes.set(xlabel="round", ylim=(-0.03, 1.03))
         axes.set_ylabel("share of experts kept")
     if panels[0].get_lines():
         legend_below(figure, panels[0], per_line)

@@ -2,6 +2,7 @@
 
 # ruff: noqa: TID253 -- the command imports fedamole.figures only when it draws
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedamole.registry import METHODS
 COLUMN_INCHES = 3.4
 PAGE_INCHES = 7.0
 LEGEND_POINTS = TICK_POINTS = 6.5
+TITLE_POINTS = 7.5
 MOST_COLUMNS_WITH_NUMBERS = 12
 
 # Okabe and Ito (2008): distinct under the common colour blindnesses. Yellow, faint, is last.
@@ -101,13 +103,18 @@ def legend_height(labels: Sequence[str], columns: int) -> float:
     return 0.1 + 0.13 * -(-len(labels) // columns)
 
 
-def wrapped(label: str, width: float) -> str:
-    """Break a name at its hyphens into lines no wider than so many inches, where that suffices."""
+def wrapped(label: str, width: float, size: float = TICK_POINTS) -> str:
+    """Break a name between its parts into lines no wider than so many inches, where possible."""
     lines = [""]
-    for part in label.replace("-", "-\n").split("\n"):
-        fits = not lines[-1] or inches(lines[-1] + part, TICK_POINTS) <= width
+    for part in parts_of(label):
+        fits = not lines[-1] or inches(lines[-1] + part, size) <= width
         lines = [*lines[:-1], lines[-1] + part] if fits else [*lines, part]
     return "\n".join(lines)
+
+
+def parts_of(label: str) -> list[str]:
+    """Cut a name behind its hyphens and underscores."""
+    return re.findall(r"[^-_]*[-_]|[^-_]+$", label)
 
 
 def setting_axis(key: str, values: Sequence[str]) -> tuple[str, list[str]]:

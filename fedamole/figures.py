@@ -18,7 +18,7 @@ from fedamole.drawing import draw_assignment, draw_classes, draw_experts, draw_r
 from fedamole.drawing_bars import draw_bars
 from fedamole.drawing_lines import draw_stability, draw_sweep
 from fedamole.drawing_overhead import draw_overhead
-from fedamole.drawing_parts import LEGEND_POINTS, TICK_POINTS
+from fedamole.drawing_parts import LEGEND_POINTS, TICK_POINTS, TITLE_POINTS
 from fedamole.drawing_routing import draw_routing
 from fedamole.figure_data import Rows, assignment_rows, classes_rows, experts_rows, rounds_rows
 from fedamole.figure_rows_experts import routing_rows, stability_rows
@@ -49,7 +49,7 @@ _DATED = {
 
 STYLE: dict[str, Any] = {
     "font.size": 7,
-    "axes.titlesize": 7.5,
+    "axes.titlesize": TITLE_POINTS,
     "axes.labelsize": 7,
     "xtick.labelsize": TICK_POINTS,
     "ytick.labelsize": TICK_POINTS,

@@ -15,7 +15,7 @@ from fedamole.cli import main
 from fedamole.drawing_bars import bands_of_panels, draw_bars
 from fedamole.drawing_heat import draw_heat
 from fedamole.drawing_lines import draw_sweep
-from fedamole.drawing_parts import COLOURS, MARKERS, colour, hatch, marker, setting_axis
+from fedamole.drawing_parts import COLOURS, MARKERS, colour, hatch, inches, marker, setting_axis
 from fedamole.drawing_routing import draw_routing
 from fedamole.errors import FedamoleError
 from fedamole.figure_data import (
@@ -260,12 +260,13 @@ def test_a_metric_has_a_panel_and_an_axis_of_its_own() -> None:
 @pytest.mark.parametrize("methods", [1, 3, 8, 22])
 @pytest.mark.parametrize("count", [1, 7, 40])
 def test_every_scenario_has_its_place(methods: int, count: int) -> None:
-    metrics = {f"s{i}": ("accuracy", "rouge_l")[i % 2] for i in range(count)}
+    metrics = {f"scenario{i}": ("accuracy", "rouge_l")[i % 2] for i in range(count)}
     bands = bands_of_panels(metrics, methods, 7.0)
     panels = [panel for band in bands for panel in band]
     assert sorted(name for panel in panels for name in panel) == sorted(metrics)
     assert all(len({metrics[name] for name in panel}) == 1 for panel in panels)
-    assert max(sum(len(panel) for panel in band) for band in bands) * 0.5 <= 7.0
+    for band in bands:
+        assert sum(inches(name, 6.5) for panel in band for name in panel) <= 7.0
 
 
 def swept_study(sweep: dict[str, list[Any]]) -> tuple[Study, ResultsStage]:
