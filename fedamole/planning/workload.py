@@ -15,7 +15,8 @@ from fedamole.planning.contents import contents_of
 from fedamole.planning.model_size import ModelSize
 from fedamole.registry import RUNS, lookup
 from fedamole.settings import ScenarioSettings
-from fedamole.stages import quorum_of, run_stage, with_quorum
+from fedamole.results import asks_for_costs
+from fedamole.stages import quorum_of, results_stage, run_stage, with_quorum
 
 # Training examples of a client where nothing is known; only local_epochs depends on it.
 ASSUMED_TRAIN = 2000
@@ -192,6 +193,8 @@ def job_counts(config: Config) -> Counter[str]:
             jobs["aggregate"] += work.aggregations(config.rounds)
             jobs["assign"] += (config.rounds - 1) * work.trains
     jobs["gather"] = len(slugs) * len(config.methods)
+    if asks_for_costs(results_stage(config)):
+        jobs["gather_costs"] = jobs["gather"]
     jobs.update(dict.fromkeys(("write_manifest", "draw_tables", "draw_figures"), 1))
     return +jobs
 
