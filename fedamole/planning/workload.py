@@ -14,8 +14,8 @@ from fedamole.participation import Participation
 from fedamole.planning.contents import contents_of
 from fedamole.planning.model_size import ModelSize
 from fedamole.registry import RUNS, lookup
-from fedamole.settings import ScenarioSettings
 from fedamole.results import asks_for_costs
+from fedamole.settings import ScenarioSettings
 from fedamole.stages import quorum_of, results_stage, run_stage, with_quorum
 
 # Training examples of a client where nothing is known; only local_epochs depends on it.
