@@ -35,13 +35,15 @@ localrules:
     aggregate,
     assign,
     gather,
+    describe_study,
     tables,
     figures,
 
 
 rule all:
-    """Everything the config asks for: tables and figures."""
+    """Everything the config asks for: tables, figures, and the settings they come from."""
     default_target: True
     input:
         TABLES,
         FIGURES,
+        STUDY,

@@ -34,7 +34,15 @@ from fedamole.settings import (
 
 # Raised when a change of the code, or of a default, changes what the stage writes. What changes one
 # method only raises the version of its run in the registry.
-VERSIONS = {"backbone": 1, "scenario": 1, "tokens": 1, "run": 2, "client": 2, "results": 2}
+VERSIONS = {
+    "backbone": 1,
+    "scenario": 1,
+    "tokens": 1,
+    "run": 2,
+    "client": 2,
+    "results": 2,
+    "study": 1,
+}
 
 
 class BackboneStage(Section):
@@ -180,6 +188,15 @@ class ResultsStage(Section):
     """Scenario name -> metric: accuracy or rouge_l."""
     digests: dict[str, dict[str, str]] = {}
     """Slug -> method -> digest of the :class:`ClientStage` that its metrics must come from."""
+
+
+class StudyStage(Section):
+    """Settings of ``describe-study``: all of them."""
+
+    version: int = 0
+    """Version of the code of the stage; see VERSIONS."""
+    config: Config
+    """The study, without the folder of its results."""
 
 
 def backbone_stage(config: Config) -> BackboneStage:
@@ -349,6 +366,17 @@ def results_stage(config: Config) -> ResultsStage:
             }
             for slug in config.scenario_seeds()
         },
+    )
+
+
+def study_stage(config: Config) -> StudyStage:
+    """Settings of ``describe-study``.
+
+    Without the folder of the results: it says where a study lies, not what it is.
+    """
+    folder = Config.model_fields["results"].get_default()
+    return StudyStage(
+        version=VERSIONS["study"], config=config.model_copy(update={"results": folder})
     )
 
 

@@ -20,6 +20,7 @@ MODULES = {
     "clients": ("train-clients", "evaluate-clients"),
     "server": ("aggregate", "assign"),
     "gather": ("gather",),
+    "describe": ("describe-study",),
     "results": ("tables", "figures"),
     "show": ("show",),
     "data_show": ("data",),

@@ -191,6 +191,7 @@ def job_counts(config: Config) -> Counter[str]:
             jobs["aggregate"] += work.aggregations(config.rounds)
             jobs["assign"] += (config.rounds - 1) * work.trains
     jobs.update({"gather": len(slugs) * len(config.methods), "tables": 1, "figures": 1})
+    jobs["describe_study"] = 1
     return +jobs
 
 

@@ -23,7 +23,7 @@ LAYERS = [
     | {"comparison"}
     | {"privacy", "accounting", "privacy_tables", "fusion"}
     | {"transport", "assignment_strategies", "assignment_measures", "assignment_table"}
-    | {"figure_data", "drawing", "figures", "config_reference"}
+    | {"figure_data", "drawing", "figures", "config_reference", "study_page"}
     | {"planning", "study_status", "head"},
     {"datasets", "distributed", "batches", "routing", "hmole_function", "hmole", "hmole_peft"}
     | {
