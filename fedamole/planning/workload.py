@@ -190,8 +190,8 @@ def job_counts(config: Config) -> Counter[str]:
                 jobs[rule] += sum(len(shards(config, clients)) for clients in rounds)
             jobs["aggregate"] += work.aggregations(config.rounds)
             jobs["assign"] += (config.rounds - 1) * work.trains
-    jobs.update({"gather": len(slugs) * len(config.methods), "tables": 1, "figures": 1})
-    jobs["describe_study"] = 1
+    jobs["gather"] = len(slugs) * len(config.methods)
+    jobs.update(dict.fromkeys(("describe_study", "tables", "figures"), 1))
     return +jobs
 
 
