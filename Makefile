@@ -38,7 +38,7 @@ demo: install ## fine-tune SmolLM2-135M on four clients and print the table
 	@snakemake --configfile configs/demo.yaml --cores $(CORES) \
 		--quiet host rules progress reason
 	@snakemake --configfile configs/demo.yaml --cores 1 --quiet all \
-		--report results/demo/report.html
+		--report results/demo/report.html --report-stylesheet workflow/report/style.css
 	@fedamole show --configfile configs/demo.yaml
 
 test: install ## run the tests

@@ -23,7 +23,7 @@ DRAWN = """(selector => {
 })"""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser() -> str:
     """Path of a Chromium; FEDAMOLE_TEST_BROWSER says that there must be one."""
     program = installed()
@@ -38,7 +38,8 @@ def page(browser: str, finished: Study, tmp_path_factory: pytest.TempPathFactory
     """The report of the smoke study."""
     study = finished.copy(tmp_path_factory.mktemp("report") / "study")
     path = study.folder / "report.html"
-    done = study.snakemake("--report", str(path))
+    style = REPOSITORY / "workflow/report/style.css"
+    done = study.snakemake("--report", str(path), "--report-stylesheet", str(style))
     assert done.returncode == 0, done.stderr
     with chromium(browser) as opened:
         opened.open(path)
@@ -145,6 +146,17 @@ def test_every_figure_loads(page: Page, finished: Study) -> None:
         picture = f"[...document.images].find(x => x.src === results[{path!r}].data_uri)"
         page.wait(f"{picture}?.complete")
         assert page.evaluate(f"{picture}.naturalWidth") > 0, path
+
+
+def test_a_figure_larger_than_the_window_can_be_seen_whole(page: Page) -> None:
+    uri = "results['results/figures/rounds.svg'].data_uri"
+    page.evaluate(f"void app.setView({{content: 'img', contentPath: {uri}}})")
+    picture = f"[...document.images].find(x => x.src === {uri})"
+    page.wait(f"{picture}?.complete")
+    page.evaluate(f"void ({picture}.style = 'height: 3000px; width: 3000px; max-width: none')")
+    nav = page.evaluate("document.querySelector('nav').getBoundingClientRect().right")
+    place = page.evaluate(f"(x => [x.left, x.top])({picture}.getBoundingClientRect())")
+    assert place[0] >= nav and place[1] >= 0
 
 
 def test_figures_are_labelled_by_what_they_are_of(page: Page) -> None:
