@@ -40,7 +40,7 @@ demo: install ## fine-tune SmolLM2-135M on four clients and print the table
 	@snakemake --configfile configs/demo.yaml --cores $(CORES) \
 		--quiet host rules progress reason
 	@snakemake --configfile configs/demo.yaml --cores 1 --quiet all \
-		--report results/demo/report.html
+		--report results/demo/report.html --report-stylesheet workflow/report/style.css
 	@fedamole show --configfile configs/demo.yaml
 
 tables: install ## draw the tables and figures of the replica study from its cached metrics, without training

@@ -52,17 +52,19 @@ report: "workflow/report/workflow.rst"
 localrules:
     all,
     paper,
+    describe_study,
     tables,
     draw_tables,
     draw_figures,
 
 
 rule all:
-    """Everything the config asks for: tables, figures, and the list of what they were made from."""
+    """Everything the config asks for: tables, figures, settings, and what they were made from."""
     default_target: True
     input:
         TABLES,
         FIGURES,
+        STUDY,
         MANIFESTS,
 
 

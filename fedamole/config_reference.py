@@ -17,6 +17,7 @@ SHORT_FORMS = (
     ("Config", "backbone", "name (configs/models) or path of a file"),
     ("ScenarioSettings", "dataset", "name (configs/datasets) or path of a file"),
     ("ScenarioSettings", "partition", "short form such as dir0.5"),
+    ("TablesSettings", "published", "name (configs/paper) or path of a file"),
     ("TrainingSettings", "deepspeed", "name (configs/deepspeed) or path of a file"),
 )
 

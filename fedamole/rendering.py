@@ -170,12 +170,12 @@ def html_table(
     return "<table>\n" + "\n".join(rows) + "\n</table>\n" + below
 
 
-def html_page(title: str, tables: Mapping[str, str]) -> str:
+def html_page(title: str, tables: Mapping[str, str], style: str = STYLE) -> str:
     """Page that holds tables under their titles; it needs no other file."""
     parts = [f"<h2>{html.escape(name)}</h2>\n{table}" for name, table in tables.items()]
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>\n'
-        f"<style>{STYLE}</style></head>\n<body>\n{''.join(parts)}</body>\n</html>\n"
+        f"<style>{style}</style></head>\n<body>\n{''.join(parts)}</body>\n</html>\n"
     )
 
 

@@ -35,7 +35,15 @@ from fedamole.settings import (
 
 # Raised when a change of the code, or of a default, changes what the stage writes. What changes one
 # method only raises the version of its run in the registry.
-VERSIONS = {"backbone": 1, "scenario": 1, "tokens": 1, "run": 2, "client": 2, "results": 3}
+VERSIONS = {
+    "backbone": 1,
+    "scenario": 1,
+    "tokens": 1,
+    "run": 2,
+    "client": 2,
+    "results": 3,
+    "study": 1,
+}
 
 
 class Versions(Section):
@@ -207,6 +215,15 @@ class ResultsStage(Section):
     """Scenario name -> what a sweep sets there; empty without a sweep."""
     digests: dict[str, dict[str, str]] = {}
     """Slug -> method -> digest of the :class:`ClientStage` that its metrics must come from."""
+
+
+class StudyStage(Section):
+    """Settings of ``describe-study``: all of them."""
+
+    version: int = 0
+    """Version of the code of the stage; see VERSIONS."""
+    config: Config
+    """The study, without the folder of its results."""
 
 
 def versions_of(run: str) -> Versions:
@@ -426,6 +443,16 @@ def results_stage(
 def manifest_stage(config: Config) -> ResultsStage:
     """Settings of ``cache manifest``: which metrics there are, whatever the tables show of them."""
     return results_stage(config).model_copy(update={"tables": TablesSettings()})
+
+
+def study_stage(config: Config) -> StudyStage:
+    """Settings of ``describe-study``.
+
+    Without the folders of results and cache: they say where a study lies, not what it is.
+    """
+    places = ("results", "cache", "mode", "stale", "base")
+    defaults = {name: Config.model_fields[name].get_default() for name in places}
+    return StudyStage(version=VERSIONS["study"], config=config.model_copy(update=defaults))
 
 
 def _part(section: Section, base: type[SectionT]) -> SectionT:

@@ -21,6 +21,7 @@ MODULES = {
     "server": ("aggregate", "assign"),
     "gather": ("gather",),
     "costs": ("gather-costs",),
+    "describe": ("describe-study",),
     "results": ("tables", "figures"),
     "show": ("show",),
     "data_show": ("data",),

@@ -195,7 +195,9 @@ def job_counts(config: Config) -> Counter[str]:
     jobs["gather"] = len(slugs) * len(config.methods)
     if asks_for_costs(results_stage(config)):
         jobs["gather_costs"] = jobs["gather"]
-    jobs.update(dict.fromkeys(("write_manifest", "draw_tables", "draw_figures"), 1))
+    jobs.update(
+        dict.fromkeys(("write_manifest", "describe_study", "draw_tables", "draw_figures"), 1)
+    )
     return +jobs
 
 

@@ -37,7 +37,7 @@ LAYERS = [
     | {"transport", "assignment_strategies", "assignment_measures", "assignment_table"}
     | {"figure_data", "figure_rows_scores", "figure_rows_experts", "routing_map"}
     | {"drawing", "drawing_parts", "drawing_bars", "drawing_lines", "drawing_heat"}
-    | {"drawing_routing", "figures", "config_reference"}
+    | {"drawing_routing", "figures", "config_reference", "study_page"}
     | {"planning", "study_status", "head"}
     | {"manifest", "cache", "cache_archive"}
     | {"costs", "overhead_table", "drawing_overhead"},

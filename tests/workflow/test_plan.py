@@ -243,7 +243,7 @@ def test_a_pruned_study_draws_its_tables_again(finished: Study, tmp_path: Path) 
     study = finished.copy(tmp_path / "study", tables={"decimals": 3})
     tables = study.contents("tables/clients.csv")
     assert fedamole(study, "prune", "--keep", "last").returncode == 0
-    assert set(study.planned()) == {"draw_tables", "draw_figures", "all"}
+    assert set(study.planned()) == {"describe_study", "draw_tables", "draw_figures", "all"}
     (study.results / "tables/clients.csv").unlink()
     study.run()
     assert study.contents("tables/clients.csv") == tables

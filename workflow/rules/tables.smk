@@ -1,4 +1,28 @@
-# What people read. These rules see only the metrics files, so they cannot train.
+# What people read. These rules see only settings and the metrics files, so they cannot train.
+
+
+rule describe_study:
+    """Write down all settings as they hold, defaults included: a page and a config file."""
+    output:
+        page=report_settings(STUDY[0]),
+        config=STUDY[1],
+    log:
+        f"{OUTPUT}/logs/describe_study.log",
+    benchmark:
+        f"{OUTPUT}/benchmarks/describe_study.tsv"
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        settings=settings("study"),
+    shell:
+        r"""
+        fedamole describe-study \
+            --settings {params.settings:q} \
+            --out-config {output.config:q} \
+            --out-page {output.page:q} \
+            2>&1 | tee {log:q}
+        """
 
 
 rule draw_tables:
