@@ -68,7 +68,10 @@ def _schema() -> Schema:
         field = owner["properties"][key]
         described = {k: field.pop(k) for k in ("title", "description", "default") if k in field}
         short = {"type": "string", "description": text}
-        owner["properties"][key] = {"anyOf": [short, field], **described}
+        options = field.get("anyOf", [field])
+        owner["properties"][key] = {"anyOf": [short, *options], **described}
+    # What is required may stand in the base of a file.
+    schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["base"]}]
     return schema
 
 
@@ -104,7 +107,8 @@ def _section(path: str, section: Schema, definitions: Mapping[str, Schema]) -> s
         "| name | type | default | limits | meaning |",
         "| :--- | :--- | :--- | :--- | :--- |",
     ]
-    required = section.get("required", [])
+    # Of the whole file, those that a file without a base needs.
+    required = section.get("required") or section.get("anyOf", [{}])[0].get("required", [])
     for name, field in section["properties"].items():
         default = "required" if name in required else _default(field)
         cells = [f"`{name}`", _type(field), default, _limits(field)]
@@ -126,6 +130,8 @@ def _type_of_option(option: Schema) -> str:
         return "section"
     if "const" in option or "enum" in option:
         return ", ".join(f"`{value}`" for value in option.get("enum", [option.get("const")]))
+    if "type" not in option:
+        return "value"
     if option["type"] == "array":
         return f"list of {_type_of_option(option['items'])}s"
     if option["type"] == "object":
