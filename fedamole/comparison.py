@@ -7,6 +7,7 @@ compare clients, not methods.
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import fmean
 
 from fedamole.records import METRIC_LABELS, ClientRecord
 from fedamole.rendering import Cell, over_seeds
@@ -65,7 +66,19 @@ def scenario_cells(
     measure: Callable[[list[ClientRecord]], float],
     scale: float = 1,
 ) -> dict[str, Cell]:
-    """Mean and spread over the seeds of a scenario, for each method.
+    """Mean and spread over the seeds of a scenario, for each method; see :func:`seed_values`."""
+    found = seed_values(metrics, settings, name, measure, scale)
+    return {method: over_seeds(values) for method, values in found.items()}
+
+
+def seed_values(
+    metrics: Metrics,
+    settings: ResultsStage,
+    name: str,
+    measure: Callable[[list[ClientRecord]], float],
+    scale: float = 1,
+) -> dict[str, list[float]]:
+    """Numbers of a scenario, one per seed, for each method; not a number without clients.
 
     Parameters
     ----------
@@ -88,9 +101,25 @@ def scenario_cells(
         chosen = [record for record in records if record.client in clients[slug]]
         return scale * measure(chosen) if chosen else math.nan
 
-    return {
-        method: over_seeds([value(slug, method) for slug in slugs]) for method in settings.methods
-    }
+    return {method: [value(slug, method) for slug in slugs] for method in settings.methods}
+
+
+def average_cells(
+    metrics: Metrics,
+    settings: ResultsStage,
+    measure: Callable[[list[ClientRecord]], float],
+    scale: float = 1,
+) -> dict[str, Cell]:
+    """Unweighted mean over the scenarios, seed by seed; then its mean and spread over the seeds."""
+    found = [seed_values(metrics, settings, name, measure, scale) for name in settings.scenarios]
+    return {method: _average([values[method] for values in found]) for method in settings.methods}
+
+
+def _average(scenarios: Sequence[Sequence[float]]) -> Cell:
+    """Mean over scenarios; without a spread where these do not have the same number of seeds."""
+    if len({len(seeds) for seeds in scenarios}) > 1:
+        return Cell(fmean(fmean(seeds) for seeds in scenarios))
+    return over_seeds([fmean(seed) for seed in zip(*scenarios, strict=True)])
 
 
 def score_title(settings: ResultsStage, name: str) -> str:

@@ -192,6 +192,11 @@ class Config(Section):
                 f"tables: reference {self.tables.reference!r} is not among the methods "
                 f"{', '.join(self.methods)}"
             )
+        others = [method for method in self.methods if method != self.tables.reference]
+        if strange := [rival for rival in self.tables.rivals or [] if rival not in others]:
+            raise ValueError(
+                f"tables: rivals: {strange[0]!r} is not among the other methods {', '.join(others)}"
+            )
         if self.tables.round == "best" and self.participation != ParticipationSettings():
             raise ValueError(
                 "tables: round best compares rounds in which all clients take part; with "
@@ -365,9 +370,6 @@ class Config(Section):
     def runs(self) -> list[str]:
         """Federated runs that the methods need, each once, in config order."""
         return list(dict.fromkeys(lookup(method).run for method in self.methods))
-
-
-_PUBLISHED = ("tables", "published", "paper")
 
 
 def load_config(

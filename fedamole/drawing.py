@@ -17,6 +17,7 @@ from fedamole.drawing_parts import (
     COLUMN_INCHES,
     INK,
     MOST_COLUMNS_WITH_NUMBERS,
+    PAGE_INCHES,
     colour,
     draw_matrix,
     legend_columns,
@@ -42,10 +43,10 @@ def draw_rounds(rows: Rows) -> Figure:
     scenarios, methods = unique(rows, "scenario"), unique(rows, "method")
     columns = min(len(scenarios), 3)
     bands = -(-len(scenarios) // columns)
-    width = COLUMN_INCHES if columns == 1 else 2.3 * columns
+    width = COLUMN_INCHES if columns == 1 else PAGE_INCHES
     per_line = legend_columns(methods, width)
     legend_lines = -(-len(methods) // per_line)
-    height = 0.7 + 3.3 * bands + 0.13 * max(0, legend_lines - 2)
+    height = 0.7 + (3.3 if bands == 1 else 2.5) * bands + 0.13 * max(0, legend_lines - 2)
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(2 * bands, columns, squeeze=False)
     for axes in grid.flat:

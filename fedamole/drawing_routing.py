@@ -42,7 +42,7 @@ def draw_routing(rows: Rows) -> Figure:
     areas = _areas(rows)
     _draw_map(left, scored, classes, areas)
     _draw_experts(right, rows, classes)
-    _name_classes(figure, classes)
+    _name_classes(figure, rows, classes)
     random = " (random scores)" if rows[0]["round"] == 1 else ""
     figure.suptitle(f"Clients by their routing logits: {origin(rows)}{random}")
     figure.draw_without_rendering()  # The layout settles where the markers are.
@@ -167,9 +167,10 @@ def _draw_experts(axes: Axes, rows: Rows, classes: dict[str, str]) -> None:
     axes.set_title("bar: mean over modules; line: fewest to most", size=6.5, color="#555555")
 
 
-def _name_classes(figure: Figure, classes: dict[str, str]) -> None:
-    """Name the classes below the panels; nothing if all are grey."""
+def _name_classes(figure: Figure, rows: Rows, classes: dict[str, str]) -> None:
+    """Name the classes below the panels; those of each client, if there are too many colours."""
     if GREY in classes.values():
+        _name_clients(figure, rows)
         return
     handles = [
         figure.axes[0].scatter([], [], 18, color=shade, edgecolor=EDGE, linewidths=0.4, alpha=0.85)
@@ -182,5 +183,22 @@ def _name_classes(figure: Figure, classes: dict[str, str]) -> None:
         loc="outside lower center",
         ncols=min(4, len(labels)),
         title="most frequent class",
+        title_fontsize=6.5,
+    )
+
+
+def _name_clients(figure: Figure, rows: Rows) -> None:
+    """Write the most frequent class of each client below the panels, unless these are many."""
+    if len(rows) > MOST_COLUMNS_WITH_NUMBERS:
+        return
+    handles = [figure.axes[0].plot([], [], linestyle="none")[0] for _ in rows]
+    figure.legend(
+        handles,
+        [f"{row['client']}: {shorten(row['class'], 34)}" for row in rows],
+        loc="outside lower center",
+        ncols=3,
+        handlelength=0,
+        handletextpad=0,
+        title="most frequent class of each client",
         title_fontsize=6.5,
     )

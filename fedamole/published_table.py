@@ -8,7 +8,7 @@ from typing import Any
 
 from fedamole.comparison import known, scenario_cells
 from fedamole.errors import FedamoleError
-from fedamole.main_table import average_gain, gain
+from fedamole.main_table import average_gain, gain, rivals_note
 from fedamole.rendering import PERCENT, Cell, Listing
 from fedamole.results import Metrics, mean_score
 from fedamole.settings.output import PublishedNumber, PublishedSettings
@@ -67,7 +67,7 @@ def published_notes(settings: ResultsStage) -> list[str]:
     notes = [f"paper: {paper.source}" + (f"; {paper.setting}" if paper.setting else "")]
     if any(number.what == "average gain" for number in paper.numbers):
         notes.append(f"average gain of this study: over {', '.join(settings.scenarios)}")
-    return notes
+    return notes + rivals_note(settings)
 
 
 def found_here(number: PublishedNumber, metrics: Metrics, settings: ResultsStage) -> Cell | None:
@@ -79,7 +79,9 @@ def found_here(number: PublishedNumber, metrics: Metrics, settings: ResultsStage
     if number.scenario not in settings.scenarios:
         return None
     cells = scenario_cells(metrics, settings, number.scenario, mean_score, scale=PERCENT)
-    return cells[number.method] if number.what == "score" else _percent(gain(cells, number.method))
+    if number.what == "score":
+        return cells[number.method]
+    return _percent(gain(cells, number.method, settings.tables.rivals))
 
 
 def _percent(fraction: float | None) -> Cell | None:

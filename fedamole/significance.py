@@ -71,14 +71,16 @@ class Comparison:
 def significance(metrics: Metrics, settings: ResultsStage) -> dict[str, dict[str, Comparison]]:
     """Compare the reference with every other method: scenario -> method -> comparison.
 
-    With several scenarios the last entry, :data:`POOLED`, has the pairs of all of them.
+    With several scenarios the last entry, :data:`POOLED`, has the pairs of all of them; not in a
+    sweep.
     """
     others = [method for method in settings.methods if method != settings.tables.reference]
     differences = {
         name: {method: _differences(metrics, settings, slugs, method) for method in others}
         for name, slugs in settings.scenarios.items()
     }
-    if len(differences) > 1:
+    # The points of a sweep have the same clients: pooled, each would count once per value.
+    if len(differences) > 1 and not settings.sweep:
         pooled = {
             method: [d for found in differences.values() for d in found[method]]
             for method in others

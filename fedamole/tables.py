@@ -13,7 +13,7 @@ from fedamole.assignment_table import (
 )
 from fedamole.clients_table import clients_columns, clients_rows
 from fedamole.comparison import note
-from fedamole.main_table import loss_columns, main_rows, score_columns
+from fedamole.main_table import loss_columns, main_rows, rivals_note, score_columns
 from fedamole.overhead_table import overhead_columns, overhead_notes, overhead_rows
 from fedamole.privacy_tables import client_epsilon_columns, epsilon_columns
 from fedamole.published_table import published_listing, published_notes, published_rows
@@ -51,7 +51,7 @@ def _main(metrics: Metrics, settings: ResultsStage) -> dict[str, str]:
     blocks = [block for block in (scores, losses, epsilon_columns(metrics, settings)) if block]
     columns = [column for block in blocks for column in block]
     reference, decimals = settings.tables.reference, settings.tables.decimals
-    notes = _compared(metrics, settings)
+    notes = _compared(metrics, settings) + rivals_note(settings)
     texts = [latex(block, reference, decimals) for block in blocks]
     return {
         "main.html": html_page(

@@ -82,6 +82,9 @@ class TablesSettings(Section):
     """Round that counts: the last one, or the best by mean evaluation loss."""
     reference: str = "fedamole"
     """Method whose gain over the best of the others is given."""
+    rivals: Annotated[list[str] | None, BeforeValidator(_once)] = None
+    """Methods that the gain is over; default: all others. Without the variants of the reference the
+    gain is one over other approaches, as papers give it."""
     decimals: int = Field(default=2, ge=0, le=6)
     """Decimals of the printed numbers (metrics in percent)."""
 

@@ -55,6 +55,11 @@ def change(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
             "fedit",
             "methods: 'fedit' is not allowed; a list is needed, such as ['fedit']",
         ),
+        (
+            "tables.rivals",
+            ["fedamole"],
+            "tables: rivals: 'fedamole' is not among the other methods fedit, fedit-ft, zero-shot",
+        ),
         ("methods", ["FedAMoLE"], "method 'FedAMoLE' is unknown; did you mean fedamole? allowed: "),
         (
             "privacy.embeddings",

@@ -103,6 +103,36 @@ def test_best_round_is_that_of_the_lowest_mean_loss(tmp_path: Path) -> None:
     assert {row["round"] for row in rows(files["clients.csv"]) if row["method"] == "fedit"} == {"1"}
 
 
+def two_scenarios() -> Study:
+    """Scenario b has the scores of a with the seeds exchanged."""
+    exchanged = {"a": {1: 1, 2: 2}, "b": {1: 2, 2: 1}}
+
+    def score_of(slug: str, method: str, round_: int, client: int) -> float:
+        seed = exchanged[slug[0]][int(slug[-1])]
+        return score(f"a-s{seed}", method, round_, client)
+
+    return replace(STUDY, score=score_of, scenarios={"a": [1, 2], "b": [1, 2]})
+
+
+def test_the_average_is_taken_seed_by_seed(tmp_path: Path) -> None:
+    files = tables(two_scenarios(), tmp_path)
+    # Each scenario has a spread over seeds; their average has none.
+    assert "| **52.00** ± 2.83 | **52.00** ± 2.83 | **52.00** ± 0.00 |" in files["main.md"]
+    *_, ours, _, _ = rows(files["main.csv"])
+    assert (ours["scenario"], ours["method"], ours["metric"]) == ("average", "fedamole", "")
+    assert float(ours["score_mean"]) == pytest.approx(0.52)
+    assert float(ours["score_std"]) == pytest.approx(0, abs=1e-12)
+    assert float(ours["gain"]) == pytest.approx(0.3)
+
+
+def test_the_gain_may_be_over_some_rivals_only(tmp_path: Path) -> None:
+    study = replace(STUDY, tables=TablesSettings(rivals=["zero-shot"]))
+    files = tables(study, tmp_path)
+    # Over 25, not over the 40 of fedit.
+    assert "| gain of fedamole over the best other | +108.00 % |  |" in files["main.md"]
+    assert "best other: of zero-shot" in files["main.md"]
+
+
 def test_latex_marks_best_and_second_and_escapes(tmp_path: Path) -> None:
     text = tables(STUDY, tmp_path)["main.tex"]
     assert r"method & \shortstack[r]{a\\ROUGE-L (\%)} \\" + "\n\\midrule\n" in text

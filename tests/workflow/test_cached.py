@@ -82,6 +82,7 @@ def test_no_rule_that_trains_exists(finished: Study, tmp_path: Path) -> None:
         "all",
         "paper",
         "tables",
+        "describe_study",
         "draw_tables",
         "draw_figures",
     }

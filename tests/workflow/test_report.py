@@ -180,12 +180,11 @@ def test_every_table_and_figure_has_a_caption_of_its_own(page: Page) -> None:
         assert description(page, path).startswith(first_words(caption)), path
 
 
-def test_the_description_of_the_study_leads_to_its_results(page: Page, finished: Study) -> None:
+def test_the_study_is_described_on_the_first_page(page: Page, finished: Study) -> None:
     text = page.wait("document.querySelector('#app .prose h1')?.parentElement.innerText")
     assert ", ".join(finished.config["methods"]) in text
-    for name in ("main.html", "clients.html", "rounds.svg", "config.html"):
-        page.click("#app .prose a", name)
-        page.wait(f"document.querySelector('nav h1 ~ *').innerText.includes({name!r})")
+    # It names no file: another study has other tables, and docutils would complain in its place.
+    assert "System Message" not in text
 
 
 def test_the_rules_are_drawn(page: Page) -> None:
