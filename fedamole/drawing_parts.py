@@ -29,6 +29,19 @@ FAINT = COLOURS[-1]
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # One per round of the colours: each of the first 24 methods has a bar of its own.
 HATCHES = ("", "/////", "....")
+# Methods that often stand side by side get colours of their own; a variant of FedAMoLE shares that
+# of FedAMoLE or of a method that it seldom meets, with another marker and hatch.
+FIRST: tuple[str, ...] = (
+    "fedamole",
+    "fedit-ft",
+    "fdlora",
+    "fedit",
+    "fedprompt-ft",
+    "fml",
+    "fedapen",
+)
+FIRST += ("fedptuning-ft", "fedamole-static", "zero-shot", "fedamole-noshared")
+FIRST += ("fedamole-linear-router", "fedamole-random", "local")
 INK = COLOURS[2]
 EDGE = "#444444"
 
@@ -52,19 +65,24 @@ SETTINGS = {
 }
 
 
+def _place(method: str) -> int:
+    """Place of a method among all, the same in every study."""
+    return [*FIRST, *(name for name in METHODS if name not in FIRST)].index(method)
+
+
 def colour(method: str) -> str:
     """Colour of a method, the same in every figure of every study."""
-    return COLOURS[list(METHODS).index(method) % len(COLOURS)]
+    return COLOURS[_place(method) % len(COLOURS)]
 
 
 def marker(method: str) -> str:
     """Marker of a method, the same in every figure of every study."""
-    return MARKERS[list(METHODS).index(method) % len(MARKERS)]
+    return MARKERS[_place(method) % len(MARKERS)]
 
 
 def hatch(method: str) -> str:
     """Hatching of the bars of a method, the same in every figure of every study."""
-    return HATCHES[list(METHODS).index(method) // len(COLOURS) % len(HATCHES)]
+    return HATCHES[_place(method) // len(COLOURS) % len(HATCHES)]
 
 
 def line_style(method: str) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from fedamole.figure_data import Rows
 
 GREY = "#9A9A9A"
 HEIGHT_INCHES = 2.75
+# More, where the classes of the clients are listed below.
+LIST_INCHES = 0.4
 NUMBER_POINTS = 5.5
 # Of the largest marker, in square points; smaller among many clients.
 LARGEST_AREA, LARGEST_AREA_AMONG_MANY = 110.0, 45.0
@@ -35,9 +37,10 @@ def draw_routing(rows: Rows) -> Figure:
     Colour: the class of which a client has most examples. Area: mean number of domain experts held
     per module. Beside it: that number, with its range over the modules.
     """
-    figure = Figure(figsize=(PAGE_INCHES, HEIGHT_INCHES), layout="constrained")
-    left, right = figure.subplots(1, 2)
     classes = colours_of_classes(rows)
+    height = HEIGHT_INCHES + LIST_INCHES * (GREY in classes.values())
+    figure = Figure(figsize=(PAGE_INCHES, height), layout="constrained")
+    left, right = figure.subplots(1, 2)
     scored = [row for row in rows if row["x"] is not None]
     areas = _areas(rows)
     _draw_map(left, scored, classes, areas)
