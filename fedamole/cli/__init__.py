@@ -105,8 +105,8 @@ def _set_up_logging() -> None:
     # Said once per job by a library two layers down, about an attribute that nobody here reads.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed")
-    # The libraries below report every file they look for.
-    for name in ("httpx", "httpcore", "huggingface_hub", "filelock", "DeepSpeed"):
+    # The libraries below report every file they look for, or every letter they draw.
+    for name in ("httpx", "httpcore", "huggingface_hub", "filelock", "DeepSpeed", "fontTools"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # It prints its warnings itself, such as every retry where there is no network.
     logging.getLogger("huggingface_hub").propagate = False
