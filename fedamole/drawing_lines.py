@@ -151,4 +151,6 @@ def _draw_kept(axes: Axes, rows: Rows) -> None:
         axes.plot(rounds, means, label=method, markevery=every, **line_style(method))
         lowest, highest = [min(values) for values in kept], [max(values) for values in kept]
         axes.fill_between(rounds, lowest, highest, color=colour(method), alpha=0.15, linewidth=0)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    first, last = min(unique(rows, "round")), max(unique(rows, "round"))
+    ticks = MaxNLocator(nbins=6, integer=True).tick_values(first, last)
+    axes.set_xticks([int(tick) for tick in ticks if first <= tick <= last])

@@ -29,6 +29,8 @@ FAINT = COLOURS[-1]
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # One per round of the colours: each of the first 24 methods has a bar of its own.
 HATCHES = ("", "/////", "....")
+# The same for lines.
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.2)), (0, (1, 1)))
 # Methods that often stand side by side get colours of their own; a variant of FedAMoLE shares that
 # of FedAMoLE or of a method that it seldom meets, with another marker and hatch.
 FIRST: tuple[str, ...] = (
@@ -88,7 +90,9 @@ def hatch(method: str) -> str:
 def line_style(method: str) -> dict[str, Any]:
     """Colour and marker of the line of a method; what is faint on white has a dark border."""
     border = [withStroke(linewidth=2.0, foreground=EDGE)] if colour(method) == FAINT else []
-    return {"color": colour(method), "marker": marker(method), "path_effects": border}
+    dashes = DASHES[_place(method) // len(COLOURS) % len(DASHES)]
+    style = {"color": colour(method), "marker": marker(method), "path_effects": border}
+    return {**style, "linestyle": dashes}
 
 
 def inches(text: str, size: float) -> float:
