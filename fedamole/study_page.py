@@ -87,6 +87,8 @@ def _lines(section: Section, path: str = "", leave_out: Collection[str] = ()) ->
             yield from _lines(value, f"{where}.")
         else:
             is_given = field.is_required() or value != field.get_default(call_default_factory=True)
+            if isinstance(value, list):
+                value = [v.model_dump(mode="json") if isinstance(v, Section) else v for v in value]
             yield where, value, _prose(field.description or ""), is_given
 
 

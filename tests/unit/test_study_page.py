@@ -13,7 +13,7 @@ from fedamole.cli import main
 from fedamole.config import Config, load_config, parse, read_yaml
 from fedamole.study_page import study_page, study_yaml
 
-STUDIES = ["smoke", "demo", "methods"]
+STUDIES = ["smoke", "demo", "methods", "replica", "paper/main", "paper/privacy"]
 
 
 class Rows(HTMLParser):
@@ -36,7 +36,8 @@ class Rows(HTMLParser):
 
 
 def config_of(configs: Path, name: str = "smoke", **changes: Any) -> Config:
-    return load_config({**read_yaml(configs / f"{name}.yaml"), **changes}, configs)
+    path = configs / f"{name}.yaml"
+    return load_config({**read_yaml(path), **changes}, configs, name, [path.parent])
 
 
 def leaves(content: Any, path: str = "") -> dict[str, Any]:
