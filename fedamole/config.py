@@ -337,9 +337,8 @@ class Config(Section):
         return f"{self.results}/{self.study}" if self.study else self.results
 
     def variants(self) -> "list[Config]":
-        """The settings that hold somewhere: one without a sweep, else one per combination."""
-        found = {str(point.values): point.config for point in self.points.values()}
-        return list(found.values())
+        """The settings that hold somewhere: these without a sweep, else those of every point."""
+        return [point.config for point in self.points.values()] if self.sweep else [self]
 
     def data_slug(self, slug: str) -> str:
         """Slug of the population whose split and tokens a scenario slug uses."""

@@ -148,7 +148,7 @@ def _is_current(backbone: Path, config: Config) -> bool:
 
 
 class _Trial:
-    """The first scenario of a study, cut down, in a folder of its own.
+    """The first point of a study, cut down, in a folder of its own.
 
     Parameters
     ----------
@@ -164,8 +164,9 @@ class _Trial:
             works_of(config), key=lambda work: (work.has_experts, work.trains, not work.pooled)
         )
         few = dict.fromkeys(("max_embedding", "max_eval", "max_test"), config.evaluation.batch_size)
-        scenario = config.scenarios[0].model_copy(update=few)
-        self.config = config.model_copy(update={"scenarios": [scenario]})
+        point = next(iter(config.points.values()))
+        scenario = point.data.model_copy(update=few)
+        self.config = point.config.model_copy(update={"scenarios": [scenario]})
         self.slug = scenario.seeded_slug(config.seeds[0])
         self.folder, self.tokens = folder, folder / "tokens"
         prepared = Path(config.results, "backbones", config.backbone.name)

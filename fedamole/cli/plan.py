@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 from fedamole.cli.pool import table
 from fedamole.cli.study import Study, read_benchmarks, read_config, read_study
-from fedamole.config import Config
+from fedamole.config import Config, Point
 from fedamole.participation import Participation
 from fedamole.planning.contents import EMBEDDING, contents_of, virtual_tokens
 from fedamole.planning.memory import (
     MARGIN,
+    Memory,
     ZeRO,
     gpu_memory,
     job_memory_mb,
@@ -80,12 +81,13 @@ def run_plan(args: argparse.Namespace) -> None:
 
 def _model(config: Config, size: ModelSize) -> list[str]:
     """Describe the model."""
-    adapted = size.adapted(config.adapter.target_modules)
+    numbers = [len(size.adapted(settings.adapter.target_modules)) for settings in config.variants()]
+    adapted = " or ".join(map(str, dict.fromkeys(numbers)))
     exact = "exact" if size.exact else "approximate"
     rows = [
         ("model", config.backbone.name),
         ("parameters", f"{size.num_parameters:,}, {exact}, from {size.source}"),
-        ("adapted", f"{len(adapted)} of {len(size.layers)} linear layers"),
+        ("adapted", f"{adapted} of {len(size.layers)} linear layers"),
         ("results", config.results),
     ]
     return table(rows)
@@ -99,13 +101,12 @@ def _jobs(config: Config) -> list[str]:
 
 def _people(config: Config) -> list[list[str]]:
     """Say who takes part in a round and how much of it each does, where that is not all."""
-    lines = []
-    if config.participation != ParticipationSettings():
-        lines += [_participation(config, scenario) for scenario in config.scenarios]
-    training = config.training
-    if training.min_steps:
-        steps = f"{training.min_steps} to {training.most_steps(0)}"
-        lines.append(f"Every client takes its own number of steps, from {steps}.")
+    lines = [
+        _participation(point.config, point.scenario)
+        for point in config.points.values()
+        if point.config.participation != ParticipationSettings()
+    ]
+    lines += _own_steps(config)
     for work in works_of(config):
         if work.pooled and work.trains:
             lines.append(f"{work.run}: one client, which trains on the data of all.")
@@ -121,6 +122,19 @@ def _participation(config: Config, scenario: ScenarioSettings) -> str:
     return text + (f"; each drops out with probability {rate:g}" if rate else "")
 
 
+def _own_steps(config: Config) -> list[str]:
+    """Say how many steps clients take that have a number of their own, by column if it varies."""
+    trainings = {name: point.config.training for name, point in config.points.items()}
+    numbers = {
+        name: f"its own number of steps, from {training.min_steps} to {training.most_steps(0)}"
+        for name, training in trainings.items()
+        if training.min_steps
+    }
+    if len(numbers) == len(trainings) and len(set(numbers.values())) == 1:
+        return [f"Every client takes {next(iter(numbers.values()))}."]
+    return [f"{name}: every client takes {number}." for name, number in numbers.items()]
+
+
 class _Cost(NamedTuple):
     """A run on all seeds of a scenario."""
 
@@ -132,13 +146,28 @@ class _Cost(NamedTuple):
 
 def _costs(study: Study, clock: Clock) -> Iterator[_Cost]:
     """Add up the times of all runs."""
-    for scenario in study.config.scenarios:
-        slugs = [scenario.seeded_slug(seed) for seed in study.config.seeds]
+    for name, point in study.config.points.items():
+        here = _clock_of(clock, point)
+        slugs = [point.data.seeded_slug(seed) for seed in study.config.seeds]
         for work in works_of(study.config):
-            times = [clock.run(slug, study.data[slug], work) for slug in slugs]
+            times = [here.run(slug, study.data[slug], work) for slug in slugs]
             rules = work.model_rounds(study.config.rounds)
             keys = [(slug, work.run, rule) for slug in slugs for rule in rules]
-            yield _Cost(scenario.slug, work.run, times, all(key in clock.measured for key in keys))
+            yield _Cost(name, work.run, times, all(key in here.measured for key in keys))
+
+
+def _clock_of(clock: Clock, point: Point) -> Clock:
+    """The clock under the settings of a point, which call its population as its data are called."""
+    names = {
+        point.scenario.seeded_slug(seed): point.data.seeded_slug(seed)
+        for seed in clock.config.seeds
+    }
+    measured = {
+        (names[slug], run, rule): seconds
+        for (slug, run, rule), seconds in clock.measured.items()
+        if slug in names
+    }
+    return replace(clock, config=point.config, measured=measured)
 
 
 def _times(study: Study, clock: Clock) -> list[str]:
@@ -190,11 +219,13 @@ def _asks(config: Config, size: ModelSize) -> list[str]:
     execution = config.execution
     memory = execution.mem_mb or job_memory_mb(config, size)
     rows = []
-    for scenario in config.scenarios:
-        for pooled, clients in sorted(largest_jobs(config, scenario).items()):
-            minutes = execution.runtime or job_minutes(config, size, scenario, clients, pooled)
+    for name, point in config.points.items():
+        for pooled, clients in sorted(largest_jobs(point.config, point.data).items()):
+            minutes = execution.runtime or job_minutes(
+                point.config, size, point.data, clients, pooled
+            )
             asked = (execution.nodes, execution.gpus, _cores(config), memory, minutes)
-            rows.append((scenario.slug, f"{clients} pooled" if pooled else clients, *asked))
+            rows.append((name, f"{clients} pooled" if pooled else clients, *asked))
     head = ("scenario", "clients", "nodes", "GPUs", "cores", "MB per node", "minutes")
     return ["What a job that trains or tests asks for", *table(rows, head)]
 
@@ -204,7 +235,7 @@ def _gpu(config: Config, size: ModelSize) -> list[str]:
     checkpointing = config.backbone.gradient_checkpointing
     rows = []
     for zero in ZEROS:
-        plain, checkpointed = (gpu_memory(config, size, zero, again) for again in (False, True))
+        plain, checkpointed = _most_memory(config, size, zero)
         chosen = checkpointed if checkpointing else plain
         parts = [plain.weights, plain.adapters, plain.training, checkpointed.training]
         parts += [plain.testing, plain.base, chosen.peak]
@@ -212,27 +243,40 @@ def _gpu(config: Config, size: ModelSize) -> list[str]:
         rows.append((zero, *(f"{part / GIB:.2f}" for part in parts), mark))
     parts_of = ("weights", "adapters", "training", "checkpointed", "testing", "other", "peak")
     if_any = "" if config.execution.gpus else ", if it ran on GPUs"
-    packed = packed_clients(config)
+    packed = max(map(packed_clients, config.variants()))
     use = f"{config.training.ranks} to a client" if packed == 1 else f"packs of {packed} clients"
     title = f"Peak memory of a GPU in GiB{if_any}: {use}, sequences of max_length"
     return [title, *table(rows, ("ZeRO", *parts_of, ""))]
 
 
+def _most_memory(config: Config, size: ModelSize, zero: ZeRO) -> tuple[Memory, Memory]:
+    """Memory without and with checkpointing, at the point of a sweep that needs most."""
+    found = [
+        (
+            gpu_memory(settings, size, zero, checkpointing=False),
+            gpu_memory(settings, size, zero, checkpointing=True),
+        )
+        for settings in config.variants()
+    ]
+    return max(found, key=lambda pair: pair[config.backbone.gradient_checkpointing].peak)
+
+
 def _volumes(config: Config, size: ModelSize) -> list[str]:
     """Tabulate traffic and disk."""
     rows, total = [], dict.fromkeys(RETENTIONS, 0.0)
-    for scenario in config.scenarios:
+    for column, point in config.points.items():
+        here = point.config
+        slugs = [point.data.seeded_slug(seed) for seed in config.seeds]
         for work in works_of(config):
-            volumes = volumes_of(config, size, scenario, work)
-            slugs = [scenario.seeded_slug(seed) for seed in config.seeds]
+            volumes = volumes_of(here, size, point.data, work)
             disks = {
-                name: sum(disk_of(config, volumes, slug, work, keep) for slug in slugs) / GIB
+                name: sum(disk_of(here, volumes, slug, work, keep) for slug in slugs) / GIB
                 for name, keep in RETENTIONS.items()
             }
             total = {name: total[name] + disks[name] for name in total}
             traffic = (volumes.download / MIB, volumes.upload / MIB, volumes.kept / MIB)
             cells = (f"{cell:.2f}" for cell in (*traffic, *disks.values()))
-            rows += [(scenario.slug, work.run, *cells)] if work.trains else []
+            rows += [(column, work.run, *cells)] if work.trains else []
     files = ("download MiB", "upload MiB", "own MiB")
     head = ("scenario", "run", *files, *(f"{name} GiB" for name in total))
     title = (
@@ -264,9 +308,9 @@ def _clock(study: Study, size: ModelSize, calibrate: bool) -> tuple[Study, Clock
 
 
 def _with_lengths(study: Study, seen: ClientData) -> Study:
-    """Give the first scenario the lengths and the training sets that a calibration has seen."""
-    scenario, data = study.config.scenarios[0], dict(study.data)
-    for slug in map(scenario.seeded_slug, study.config.seeds):
+    """Give the first population the lengths and the training sets that a calibration has seen."""
+    point, data = next(iter(study.config.points.values())), dict(study.data)
+    for slug in map(point.data.seeded_slug, study.config.seeds):
         if not data[slug].measured:
             data[slug] = replace(
                 data[slug],
@@ -291,10 +335,11 @@ def _guesses(study: Study, size: ModelSize) -> Iterator[str]:
     config = study.config
     if not size.exact:
         yield "Guess: the model is a decoder with gated MLPs and no biases, as Llama is."
-    if not size.adapted(config.adapter.target_modules):
+    if not all(size.adapted(here.adapter.target_modules) for here in config.variants()):
         yield "Guess: nothing is adapted, since no layer has a name of adapter: target_modules."
-    for scenario in config.scenarios:
-        yield _data_line(study, scenario)
+    populations = {point.data.slug: point.data for point in config.points.values()}
+    for population in populations.values():
+        yield _data_line(study, population)
     yield "Guess: every generated answer has max_new_tokens, since a batch waits for its longest."
     yield (
         "Guess: peaks come from sequences of max_length; of a generated one half, of a class 1/16 "
@@ -311,21 +356,22 @@ def _guesses(study: Study, size: ModelSize) -> Iterator[str]:
         )
     for run in config.runs():
         if contents_of(run).shared == EMBEDDING:
+            tokens = max(virtual_tokens(run, here.prompt) for here in config.variants())
             yield (
-                f"At most: the prompt of {run} has {virtual_tokens(run, config.prompt)} tokens, "
+                f"At most: the prompt of {run} has {tokens} tokens, "
                 "one for each byte of prompt: text. How many it has, only the tokenizer knows."
             )
 
 
 def _data_line(study: Study, scenario: ScenarioSettings) -> str:
-    """Say what is known of the data of a scenario."""
+    """Say what is known of the data of a population."""
     known = [study.data[scenario.seeded_slug(seed)] for seed in study.config.seeds]
     data = known[0]
     facts = (
         f"{scenario.slug}: {data.tokens:.0f} tokens a sequence, {data.answer_tokens:.0f} of them "
         f"answer; {data.eval:.0f} evaluation and {data.test:.0f} test examples a client"
     )
-    if study.config.training.local_epochs:
+    if any(settings.training.local_epochs for settings in study.config.variants()):
         facts += f", {data.train:.0f} to train on"
     if all(data.measured for data in known):
         return f"Counted: {facts}."

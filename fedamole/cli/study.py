@@ -32,7 +32,7 @@ class Study:
     size
         Of its model, if known.
     data
-        Scenario slug -> what a client of it has.
+        Slug of a population -> what a client of it has.
     """
 
     config: Config
@@ -69,7 +69,7 @@ def read_study(config: Config) -> Study:
     data = {
         slug: read_data(results / "scenarios" / slug / f"tokens-{name}", config, slug)
         or assumed_data(scenario)
-        for slug, (scenario, _) in config.scenario_seeds().items()
+        for slug, (scenario, _) in config.data_seeds().items()
     }
     return Study(config, size, data)
 

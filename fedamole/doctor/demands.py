@@ -82,9 +82,9 @@ def needs(config: Config) -> tuple[int, int]:
     execution = config.execution
     size = model_size(config.backbone, Path(config.results) / "backbones" / config.backbone.name)
     minutes = (
-        job_minutes(config, size, scenario, clients, pooled)
-        for scenario in config.scenarios
-        for pooled, clients in largest_jobs(config, scenario).items()
+        job_minutes(point.config, size, point.data, clients, pooled)
+        for point in config.points.values()
+        for pooled, clients in largest_jobs(point.config, point.data).items()
     )
     return (
         execution.mem_mb or job_memory_mb(config, size),

@@ -161,7 +161,13 @@ def need(config: Config) -> float | None:
     if size is None:
         return None
     return sum(
-        disk_of(config, volumes_of(config, size, scenario, work), slug, work)
-        for slug, (scenario, _) in config.scenario_seeds().items()
+        disk_of(
+            point.config,
+            volumes_of(point.config, size, point.data, work),
+            point.data.seeded_slug(seed),
+            work,
+        )
+        for point in config.points.values()
+        for seed in config.seeds
         for work in works_of(config)
     )

@@ -127,7 +127,7 @@ def data(config: Config, offline_is_error: bool = False) -> Iterator[Finding]:
     for name, source in sources.items():
         slugs = [
             slug
-            for slug, (scenario, _) in config.scenario_seeds().items()
+            for slug, (scenario, _) in config.data_seeds().items()
             if scenario.dataset.name == name
         ]
         if all(_is_tokenised(config, slug) for slug in slugs):
@@ -137,7 +137,7 @@ def data(config: Config, offline_is_error: bool = False) -> Iterator[Finding]:
 
 
 def _is_tokenised(config: Config, slug: str) -> bool:
-    """Whether a scenario is ready for training."""
+    """Whether a population is ready for training."""
     tokens = Path(config.results) / "scenarios" / slug / f"tokens-{config.backbone.name}"
     return (tokens / "meta.json").is_file()
 

@@ -300,13 +300,15 @@ def _models(config: Config) -> int:
 def job_memory_mb(config: Config, size: ModelSize | None) -> int:
     """Memory per node that a job which trains or tests clients should ask for, in MB.
 
-    Half as much again as is expected; 8000 if the size of the model is unknown.
+    Half as much again as is expected, at the point of a sweep that needs most; 8000 if the size of
+    the model is unknown.
     """
     if size is None:
         return UNKNOWN_MB
     execution = config.execution
     here = execution.processes(config.training.ranks) / execution.nodes
-    needed = MARGIN * here * host_bytes(config, size) / MB
+    most = max(host_bytes(settings, size) for settings in config.variants())
+    needed = MARGIN * here * most / MB
     return max(SMALLEST_MB, 100 * math.ceil(needed / 100))
 
 

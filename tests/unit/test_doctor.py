@@ -513,6 +513,26 @@ def test_the_longest_job_may_be_one_on_the_data_of_all_clients(
     assert pooled == half == pytest.approx(3 * apart, rel=0.01)
 
 
+def test_a_sweep_asks_for_its_largest_job_and_for_the_space_of_all_points(
+    study_with: Callable[..., Config], tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"execution": {"runtime": None, "mem_mb": None}, "methods": ["fedit"]}
+    given["tables"] = {"reference": "fedit"}
+    steps, training = [2, 5_000_000], {"batch_size": 1}
+    one, other = (study_with(training={**training, "steps": number}, **given) for number in steps)
+    sweep = study_with(training=training, sweep={"training.steps": steps}, **given)
+    assert demands.needs(sweep) == demands.needs(other) != demands.needs(one)
+    spaces = [folders.need(config) for config in (sweep, one, other)]
+    assert spaces[0] == pytest.approx((spaces[1] or 0) + (spaces[2] or 0))
+    # The points share the tokens of their population.
+    name = sweep.backbone.name
+    tokens = tmp_path / "results" / "scenarios" / "chatterbot-dir0.5-s42" / f"tokens-{name}"
+    tokens.mkdir(parents=True)
+    (tokens / "meta.json").touch()
+    (found,) = study.data(sweep)
+    assert found.value == "chatterbot: tokenised for chatterbot-dir0.5-s42"
+
+
 def test_kept_states_need_space(study_with: Callable[..., Config]) -> None:
     def needed(method: str, **changes: Any) -> float:
         found = folders.need(study_with(methods=[method], tables={"reference": method}, **changes))

@@ -28,7 +28,9 @@ from fedamole import stages
 from fedamole.artifacts import Header, write_record
 from fedamole.batches import collate
 from fedamole.cli import main
-from fedamole.cli.study import read_benchmarks
+from fedamole.cli.calibration import _Trial
+from fedamole.cli.plan import _costs
+from fedamole.cli.study import read_benchmarks, read_study
 from fedamole.config import Config, load_config, read_yaml
 from fedamole.hmole_peft import HMoLEConfig
 from fedamole.planning.memory import (
@@ -47,6 +49,7 @@ from fedamole.planning.workload import (
     assumed_data,
     embedding_passes,
     examples_of,
+    job_counts,
     largest_jobs,
     shards,
     steps_of,
@@ -58,6 +61,7 @@ from fedamole.targets import target_modules
 from fedamole.training import ScoredModel
 
 NOWHERE = Path("nowhere")
+PAPER = Path(__file__).parents[2] / "configs" / "paper"
 SMALL = BackboneSize(
     hidden_size=256,
     num_hidden_layers=3,
@@ -572,6 +576,129 @@ def test_the_plan_says_who_takes_part_if_that_is_not_everyone(
     assert "At most: the prompt of fedprompt has 9 tokens" in text
     drawn = printed(scenarios=[ten], methods=["fedit-ft"], participation={"fraction": 0.2})
     assert "2 of 10 clients a round, all of them must report\n" in drawn
+
+
+SWEEPS: list[tuple[str, list[Any], dict[str, Any]]] = [
+    ("training.steps", [2, 200_000], {"training": {"batch_size": 4}}),
+    ("scenarios.clients", [3, 4], {}),
+    ("participation.fraction", [0.5, 1.0], {}),
+    ("assignment.num_experts", [6, 9], {}),
+]
+
+
+def swept(configs: Path, key: str, values: list[Any], **changes: Any) -> list[dict[str, Any]]:
+    """The smoke config under a sweep, and under each of its values by itself."""
+    raw = {**read_yaml(configs / "smoke.yaml"), "methods": ["fedamole", "fedit"], **changes}
+    section, _, name = key.partition(".")
+    alone = []
+    for value in values:
+        if section == "scenarios":
+            part: Any = [{**raw["scenarios"][0], name: value}]
+        else:
+            part = {**raw.get(section, {}), name: value}
+        alone.append({**raw, section: part})
+    return [{**raw, "sweep": {key: values}}, *alone]
+
+
+@pytest.mark.parametrize(("key", "values", "changes"), SWEEPS)
+def test_the_plan_of_a_sweep_is_those_of_its_points_together(
+    key: str,
+    values: list[Any],
+    changes: dict[str, Any],
+    configs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def rows(raw: dict[str, Any]) -> tuple[list[list[str]], list[float]]:
+        """All lines of scenarios without their names; hours, then gibibytes of all runs."""
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({**raw, "results": str(tmp_path / "results")}))
+        assert main(["plan", "--configfile", str(path)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        cells = [line.split()[1:] for line in lines if line.startswith("chatterbot-")]
+        together = [line.split() for line in lines if line.startswith("Together")]
+        return cells, [float(together[0][1]), float(together[1][-4].removesuffix(","))]
+
+    whole, *alone = map(rows, swept(configs, key, values, **changes))
+    # Two runs with their times, a job, two runs with their files, and who takes part if not all.
+    assert len(whole[0]) == 2 * 5 + (key == "participation.fraction")
+    assert sorted(whole[0]) == sorted([*alone[0][0], *alone[1][0]])
+    assert alone[0] != alone[1]
+    sums = [sum(numbers) for numbers in zip(*(total for _, total in alone), strict=True)]
+    assert whole[1] == pytest.approx(sums, abs=0.011)
+
+
+@pytest.mark.parametrize(("key", "values", "changes"), SWEEPS)
+def test_the_jobs_of_a_sweep_are_those_of_its_points_but_for_what_they_share(
+    key: str, values: list[Any], changes: dict[str, Any], configs: Path
+) -> None:
+    loaded = [load_config(raw, configs) for raw in swept(configs, key, values, **changes)]
+    whole, one, other = map(job_counts, loaded)
+    once = {"prepare_backbone", "write_manifest", "describe_study", "draw_tables", "draw_figures"}
+    if not key.startswith("scenarios."):
+        once |= {"partition", "tokenize"}
+    assert whole == {
+        rule: number if rule in once else number + other[rule] for rule, number in one.items()
+    }
+
+
+def test_the_memory_of_a_sweep_is_that_of_its_largest_point(configs: Path) -> None:
+    scenarios = [
+        {"dataset": "chatterbot", "partition": "iid", "max_length": length, "clients": 3}
+        for length in (512, 64)
+    ]
+    named = [{**each, "name": str(each["max_length"])} for each in scenarios]
+    sweep, *alone = (
+        load_config(raw, configs)
+        for raw in swept(configs, "training.batch_size", [4, 4096], scenarios=named)
+    )
+    needed = [job_memory_mb(config, size_of(config)) for config in alone]
+    # Of the first scenario, too.
+    assert job_memory_mb(sweep, size_of(sweep)) == max(needed) > min(needed)
+
+
+@pytest.mark.parametrize("key", ["training.learning_rate", "scenarios.max_length"])
+def test_a_point_of_a_sweep_knows_the_tokens_of_its_population(
+    key: str, configs: Path, tmp_path: Path
+) -> None:
+    values = [0.01, 0.02] if key.startswith("training") else [32, 64]
+    raw = swept(configs, key, values, results=str(tmp_path))[0]
+    known = read_study(load_config(raw, configs))
+    assert [*known.data] == [*known.config.data_seeds()]
+    trial = _Trial(known.config, tmp_path)
+    assert trial.slug == next(iter(known.data))
+    assert stages.client_stage(trial.config, trial.slug, "fedamole").run.label.endswith("fedamole")
+
+
+def test_measured_times_of_a_point_count_for_it_alone(configs: Path) -> None:
+    raw = swept(configs, "training.learning_rate", [0.01, 0.02], methods=["fedamole"])[0]
+    known = read_study(load_config(raw, configs))
+    slow = f"{DEMO.removesuffix('-s42')}-learning_rate0.02-s42"
+    size = size_of(known.config)
+    measured = {(slow, "fedamole", "train_clients"): 1000.0}
+    clock = Clock(known.config, size, assumed_machine(known.config), measured)
+    costs = list(_costs(known, clock))
+    assert [cost.measured for cost in costs] == [False, True]
+    assert costs[1].times[0].seconds > 1000 > 10 * costs[0].times[0].seconds
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PAPER.glob("*.yaml")))
+def test_every_study_of_the_paper_has_a_plan(
+    name: str, configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = read_yaml(configs / "paper" / f"{name}.yaml")
+    if "numbers" in raw:
+        pytest.skip("numbers that were published, not a study")
+    config = load_config(raw, configs, name, [configs / "paper"])
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(json.dumps({**raw, "results": str(tmp_path / "results")}))
+    (tmp_path / "base.yaml").write_text((configs / "paper" / "base.yaml").read_text())
+    assert main(["plan", "--configfile", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # A row for every run, and one for what jobs ask for.
+    for column in config.points:
+        found = [line for line in lines if line.startswith(f"{column} ")]
+        assert len(found) > len(config.runs())
 
 
 def test_a_measured_job_had_those_of_its_clients_that_took_part(

@@ -83,6 +83,15 @@ def test_scenarios_stand_in_the_order_of_the_config_and_seeds_inside_them(config
     ]
 
 
+def test_every_point_of_a_sweep_is_a_plan_under_its_own_settings(configs: Path) -> None:
+    sweep = {"participation.fraction": [0.5, 1.0]}
+    found = plans_of(load_config(settings(sweep=sweep, methods=["fedit-ft"]), configs))
+    assert {plan.scenario: plan.population.size for plan in found} == {
+        "chatterbot-dir0.5-fraction0.5-s42": 2,
+        "chatterbot-dir0.5-fraction1-s42": 4,
+    }
+
+
 # Facts of one plan.
 
 

@@ -47,9 +47,7 @@ def site_limit(name):
 
 MAX_MINUTES, MAX_MEM_MB = site_limit("max_runtime"), site_limit("max_mem_mb")
 SIZE = model_size(CONFIG.backbone, Path(BACKBONE))
-MEM_MB = CONFIG.execution.mem_mb or max(
-    job_memory_mb(settings, SIZE) for settings in CONFIG.variants()
-)
+MEM_MB = CONFIG.execution.mem_mb or job_memory_mb(CONFIG, SIZE)
 
 
 def memory(wildcards, attempt):
