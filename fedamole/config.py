@@ -84,8 +84,9 @@ class Config(Section):
     results: str = Field(default="results", pattern=r"^[^{}*?\[\]]+$")
     """Folder for everything that is produced."""
     study: Slug | None = None
-    """Name of the study: its tables and figures stand in a folder of that name. Studies that share
-    a results folder train once what they have in common; each needs a name then."""
+    """Name of the study: its tables and figures stand in a folder of that name. Studies with names
+    may share a results folder, and train once what they have in common, where scenarios of equal
+    name have equal settings in all of them; runs have no name of a study in their paths."""
     seeds: list[int] = Field(default=[42], min_length=1)
     """Root seeds; each gives its own split, pool and training order."""
     rounds: int = Field(default=30, ge=1)
