@@ -35,8 +35,22 @@ from fedamole.settings import (
     TrainingSettings,
 )
 from fedamole.settings.section import Slug
+from fedamole.shown import check_shown
 
 SectionT = TypeVar("SectionT", bound=Section)
+# Folders that the workflow makes in that of the results.
+FOLDERS = (
+    "backbones",
+    "benchmarks",
+    "figures",
+    "logs",
+    "metrics",
+    "progress",
+    "runs",
+    "scenarios",
+    "study",
+    "tables",
+)
 
 
 @dataclass(frozen=True)
@@ -70,8 +84,9 @@ class Config(Section):
     results: str = Field(default="results", pattern=r"^[^{}*?\[\]]+$")
     """Folder for everything that is produced."""
     study: Slug | None = None
-    """Name of the study: its tables and figures stand in a folder of that name. Studies that share
-    a results folder train once what they have in common; each needs a name then."""
+    """Name of the study: its tables and figures stand in a folder of that name. Studies with names
+    may share a results folder, and train once what they have in common, where scenarios of equal
+    name have equal settings in all of them; runs have no name of a study in their paths."""
     seeds: list[int] = Field(default=[42], min_length=1)
     """Root seeds; each gives its own split, pool and training order."""
     rounds: int = Field(default=30, ge=1)
@@ -126,6 +141,16 @@ class Config(Section):
         if results.startswith("~"):
             raise ValueError(f"results {results!r} must not start with ~; write the whole path")
         return results.rstrip("/") or "/"
+
+    @field_validator("study")
+    @classmethod
+    def _study_is_no_folder_of_the_results(cls, study: str | None) -> str | None:
+        if study in FOLDERS:
+            raise ValueError(
+                f"study {study!r} is the name of a folder that the results have; take another one "
+                f"than {', '.join(FOLDERS)}"
+            )
+        return study
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "Config":
@@ -411,7 +436,13 @@ def load_config(
         part = data.get(section)
         if isinstance(part, dict) and key in part:
             part[key] = _named(part[key], library / folder, f"{section}: {key}", origin)
-    return parse(Config, data, origin)
+    config = parse(Config, data, origin)
+    # Not a matter of Config itself: points of a sweep are configs, and have no sweep to show.
+    try:
+        check_shown(config)
+    except FedamoleError as error:
+        raise FedamoleError(f"{origin}: {error}") from error
+    return config
 
 
 def with_base(

@@ -28,6 +28,7 @@ from fedamole.records import (
 from fedamole.registry import lookup
 from fedamole.settings import FIGURE_NAMES, TABLE_NAMES
 from fedamole.settings.output import FigureName, TableName
+from fedamole.shown import by_default
 from fedamole.stages import ResultsStage
 
 TABLE_FORMATS = ("csv", "md", "tex", "html")
@@ -40,20 +41,9 @@ def table_names(settings: ResultsStage) -> list[str]:
 
 
 def tables(settings: ResultsStage) -> list[TableName]:
-    """Names of the tables: those that the config names, or all that the study has numbers for.
-
-    Raises
-    ------
-    FedamoleError
-        If the config names a table that the study has no numbers for.
-    """
+    """Names of the tables: those that the config names, or all that the study has numbers for."""
     chosen = settings.tables.show
-    if chosen is None:
-        return [name for name in TABLE_NAMES if _fits(name, settings)]
-    for name in chosen:
-        if name in _NEEDS and not _fits(name, settings):
-            raise FedamoleError(f"tables: show: {name} needs {_NEEDS[name]}")
-    return chosen
+    return chosen if chosen is not None else [t for t in TABLE_NAMES if by_default(t, settings)]
 
 
 def figure_names(settings: ResultsStage) -> list[str]:
@@ -69,7 +59,7 @@ def figures(settings: ResultsStage) -> list[str]:
 def figure_kinds(settings: ResultsStage) -> list[FigureName]:
     """Kinds of the figures: those that the config names, or all that the study has numbers for."""
     chosen = settings.tables.figures
-    return chosen if chosen is not None else [f for f in FIGURE_NAMES if _fits(f, settings)]
+    return chosen if chosen is not None else [f for f in FIGURE_NAMES if by_default(f, settings)]
 
 
 def figures_of(kind: FigureName, settings: ResultsStage) -> list[str]:
@@ -83,29 +73,6 @@ def figures_of(kind: FigureName, settings: ResultsStage) -> list[str]:
         methods = with_experts(settings)
         return [f"{slug}-{method}-{kind}" for slug in slugs for method in methods]
     return [kind]
-
-
-def _fits(name: TableName | FigureName, settings: ResultsStage) -> bool:
-    """Whether a study has the numbers for a table or figure, as far as its settings say."""
-    if name in ("assignments", "stability", "experts", "assignment"):
-        return bool(with_experts(settings))
-    if name == "sweep":
-        return bool(settings.sweep)
-    if name == "significance":
-        others = [method for method in settings.methods if method != settings.tables.reference]
-        return settings.tables.reference in settings.methods and bool(others)
-    if name == "published":
-        return settings.tables.published is not None
-    # Only where they are asked for: costs differ from machine to machine, old metrics have no map.
-    return name not in ("overhead", "routing")
-
-
-_NEEDS: dict[TableName, str] = {
-    "significance": "the reference method and another one among the methods",
-    "assignments": "a method with experts",
-    "sweep": "a sweep",
-    "published": "numbers of a paper, in tables: published",
-}
 
 
 def asks_for_costs(settings: ResultsStage) -> bool:

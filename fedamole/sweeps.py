@@ -7,10 +7,12 @@ as they are, and the points share them.
 """
 
 import itertools
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from fedamole.errors import FedamoleError, did_you_mean
+from fedamole.settings.section import SLUG
 
 # What differs between the points of a sweep: a setting and its value.
 Values = dict[str, Any]
@@ -60,16 +62,23 @@ def check(sweep: Mapping[str, list[Any]]) -> None:
     for key, values in sweep.items():
         section, _, name = key.partition(".")
         if section not in (*SECTIONS, SCENARIOS) or not name:
-            hint = did_you_mean(section, (*SECTIONS, SCENARIOS))
+            known = section in (*SECTIONS, SCENARIOS)
+            hint = "" if known else did_you_mean(section, (*SECTIONS, SCENARIOS))
             raise FedamoleError(
                 f"sweep: {key}: is not a setting that can vary; {hint}allowed: a path such as "
                 f"training.learning_rate into {', '.join((*SECTIONS, SCENARIOS))}"
             )
-        if key in _FIXED:
+        if any(f"{key}.".startswith(f"{fixed}.") for fixed in _FIXED):
             raise FedamoleError(f"sweep: {key}: must be the same in the whole study")
         if not values:
             raise FedamoleError(f"sweep: {key}: has no values")
         tags = [tag(key, value) for value in values]
+        for value, text in zip(values, tags, strict=True):
+            if not re.fullmatch(SLUG, text):
+                raise FedamoleError(
+                    f"sweep: {key}: {value!r} cannot stand in the name of a column, {text!r}, "
+                    "which may have letters, digits, dots, hyphens and underscores"
+                )
         if twice := [text for text in tags if tags.count(text) > 1]:
             raise FedamoleError(f"sweep: {key}: {twice[0]!r} stands twice")
 
@@ -80,12 +89,12 @@ def tag(key: str, value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as text: ``0.0005``, ``none``, ``1`` of ``{eta: 1}``."""
+    """A value as text: ``0.0005``, ``1e07``, ``none``, ``1`` of ``{eta: 1}``."""
     if value is None:
         return "none"
     if isinstance(value, Mapping):
         return "-".join(shown(inner) for inner in value.values())
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}".replace("+", "") if isinstance(value, float) else str(value)
 
 
 def changed(settings: Mapping[str, Any], values: Values) -> dict[str, Any]:

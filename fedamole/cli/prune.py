@@ -26,6 +26,12 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="N|last",
         help="newest rounds to keep whole, with the pools they started from; last is 1",
     )
+    parser.add_argument(
+        "--shared",
+        action="store_true",
+        help="of a study with a name: the other studies of its results folder are finished too, or "
+        "do not need these runs",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only print what would go")
     parser.set_defaults(command=run_prune)
 
@@ -34,6 +40,8 @@ def run_prune(args: argparse.Namespace) -> None:
     """Delete what no job of a finished study reads, and say how much that frees."""
     keep = _number(args.keep)
     config = read_config(args.configfile)
+    if not args.shared:
+        _check_alone(config)
     _check_finished(config, args.configfile)
     verb, freed = "would free" if args.dry_run else "freed", 0
     for slug in config.scenario_seeds():
@@ -62,6 +70,22 @@ def _number(keep: str) -> int:
     return int(keep)
 
 
+def _check_alone(config: Config) -> None:
+    """Refuse a study that may share its runs: what others need of them, this one does not know.
+
+    Raises
+    ------
+    FedamoleError
+        If the study has a name.
+    """
+    if config.study:
+        raise FedamoleError(
+            f"study {config.study}: other studies of {config.results} may still need the uploads "
+            "and pools of these runs, and would train them again; --shared says that those are "
+            "finished too, or do not need them"
+        )
+
+
 def _check_finished(config: Config, configfile: Path) -> None:
     """Refuse a study whose jobs may still need the rounds.
 
@@ -70,7 +94,8 @@ def _check_finished(config: Config, configfile: Path) -> None:
     FedamoleError
         If a metrics file is missing, of other settings, or of fewer rounds.
     """
-    folder, settings = Path(config.results) / "metrics", stages.results_stage(config)
+    # Not for the tables, which may show costs as well.
+    folder, settings = Path(config.results) / "metrics", stages.manifest_stage(config)
     paths = [
         folder / slug / f"{method}.jsonl"
         for slug in config.scenario_seeds()

@@ -13,7 +13,7 @@ from pathlib import Path
 from textwrap import shorten
 
 from fedamole import slurm
-from fedamole.cli.study import default_config, read_config
+from fedamole.cli.study import default_config, first_shown, read_config
 from fedamole.config import Config
 from fedamole.errors import FedamoleError
 from fedamole.progress import ClientProgress, read_progress
@@ -272,7 +272,7 @@ def _lines(config: Config, status: StudyStatus, file: Path) -> list[str]:
 
 def _before(config: Config, status: StudyStatus, file: Path) -> str:
     """What to say while no client has begun."""
-    if (Path(config.output) / "tables" / "main.md").is_file():
+    if first_shown(config).is_file():
         return (
             f"{config.results} holds no rounds, but tables; run: fedamole show --configfile {file}"
         )
@@ -283,7 +283,7 @@ def _before(config: Config, status: StudyStatus, file: Path) -> str:
 
 def _after(config: Config, file: Path) -> str:
     """What to say when all rounds are done."""
-    if (Path(config.output) / "tables" / "main.md").is_file():
+    if first_shown(config).is_file():
         return f"the study is done; run: fedamole show --configfile {file}"
     return "all rounds are done; the tables are not drawn yet"
 

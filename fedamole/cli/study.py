@@ -14,6 +14,7 @@ from fedamole.config import Config, load_config, read_yaml
 from fedamole.errors import FedamoleError
 from fedamole.planning.model_size import ModelSize, model_size
 from fedamole.planning.workload import ClientData, assumed_data, clients_by_round, works_of
+from fedamole.results import figures, tables
 
 # (scenario slug, run, rule) -> seconds of a job per turn; see planning.times.Clock.
 Measured = dict[tuple[str, str, str], float]
@@ -54,6 +55,15 @@ def read_config(path: Path) -> Config:
         See :func:`fedamole.config.load_config`.
     """
     return load_config(read_yaml(path), _library(), str(path), [path.parent])
+
+
+def first_shown(config: Config) -> Path:
+    """A file that is there when a study is drawn: its first table, or else a figure or settings."""
+    shown, output = stages.results_stage(config), Path(config.output)
+    for names, folder, suffix in ((tables, "tables", "md"), (figures, "figures", "svg")):
+        if found := names(shown):
+            return output / folder / f"{found[0]}.{suffix}"
+    return output / "study" / "config.html"
 
 
 def _library() -> Path:

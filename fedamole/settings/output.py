@@ -74,7 +74,8 @@ class TablesSettings(Section):
     show: Annotated[list[TableName] | None, BeforeValidator(_once)] = None
     """Tables to draw; default: all that the study has numbers for, but for the overhead."""
     figures: Annotated[list[FigureName] | None, BeforeValidator(_once)] = None
-    """Figures to draw; default: all that the study has numbers for, but for the overhead."""
+    """Figures to draw; default: all that the study has numbers for, but for the overhead and the
+    routing map."""
     published: PublishedSettings | None = None
     """Numbers of a paper to stand beside those of the study: the path of a YAML file, or the
     section itself."""

@@ -148,11 +148,12 @@ def test_a_defect_of_a_command_for_people_keeps_its_traceback(
 
 
 @pytest.mark.parametrize("name", ["schema", "show"])
-def test_a_reader_that_leaves_is_no_error(name: str, tmp_path: Path) -> None:
+def test_a_reader_that_leaves_is_no_error(name: str, configs: Path, tmp_path: Path) -> None:
     """The output of `show` fits into the buffer, so that writing it fails at the very end."""
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "main.md").write_text("a table")
-    (tmp_path / "study.yaml").write_text(f"results: {tmp_path}")
+    smoke = read_yaml(configs / "smoke.yaml") | {"results": str(tmp_path)}
+    (tmp_path / "study.yaml").write_text(json.dumps(smoke))
     command = [sys.executable, "-m", "fedamole", name]
     command += ["--configfile", str(tmp_path / "study.yaml")] if name == "show" else []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -160,6 +161,49 @@ def test_a_reader_that_leaves_is_no_error(name: str, tmp_path: Path) -> None:
         process.stdout.close()
         assert process.wait(timeout=60) == 0
         assert process.stderr.read() == b""
+
+
+def show(
+    configs: Path, folder: Path, capsys: pytest.CaptureFixture[str], **changes: Any
+) -> tuple[int, str, str]:
+    """Call `show` for the smoke study with other settings: exit code, and what it prints."""
+    smoke = read_yaml(configs / "smoke.yaml") | {"results": str(folder), **changes}
+    (folder / "study.yaml").write_text(json.dumps(smoke))
+    code = main(["show", "--configfile", str(folder / "study.yaml")])
+    return code, *capsys.readouterr()
+
+
+def test_a_study_without_the_main_table_shows_its_first(
+    configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes: Any = {"study": "mine", "tables": {"show": ["spread", "main"], "figures": []}}
+    code, _, error = show(configs, tmp_path, capsys, **changes)
+    table = tmp_path / "mine/tables/spread.md"
+    assert (code, error.count("\n")) == (2, 1) and f"{table}: does not exist yet" in error
+    table.parent.mkdir(parents=True)
+    table.write_text("a table")
+    code, text, _ = show(configs, tmp_path, capsys, **changes)
+    assert code == 0 and text.startswith("\na table\n")
+    # Neither the figures nor the table of clients are among what it shows.
+    assert "figures" not in text and "clients.md" not in text
+
+
+def test_a_study_of_figures_alone_says_where_they_are(
+    configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes: Any = {"tables": {"show": [], "figures": ["bars"]}}
+    assert show(configs, tmp_path, capsys, **changes)[0] == 2
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures/bars.svg").write_text("a picture")
+    code, text, _ = show(configs, tmp_path, capsys, **changes)
+    assert (code, text) == (0, f"figures  {tmp_path / 'figures'} (svg, pdf, png, csv)\n")
+
+
+def test_show_says_what_is_wrong_with_a_config(
+    configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, error = show(configs, tmp_path, capsys, methods=["fedmole"])
+    assert code == 2 and "did you mean fedamole?" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("level", ["foo", "notset", "7"])

@@ -21,6 +21,7 @@ LAYERS = [
         "settings",
         "mistakes",
         "sweeps",
+        "shown",
         "config",
         "stages",
         "randomness",
@@ -39,7 +40,7 @@ LAYERS = [
     | {"drawing", "drawing_parts", "drawing_bars", "drawing_lines", "drawing_heat"}
     | {"drawing_routing", "figures", "config_reference", "study_page"}
     | {"planning", "study_status", "head"}
-    | {"manifest", "cache", "cache_archive"}
+    | {"manifest", "cache", "cache_archive", "sharing"}
     | {"costs", "overhead_table", "drawing_overhead"},
     {"datasets", "distributed", "batches", "routing", "hmole_function", "hmole", "hmole_peft"}
     | {
@@ -136,7 +137,7 @@ def test_methods_do_not_import_each_other() -> None:
 def test_what_the_snakefile_imports_is_light() -> None:
     code = (
         "import sys, fedamole.stages, fedamole.config, fedamole.registry, fedamole.results\n"
-        "import fedamole.cache\n"
+        "import fedamole.cache, fedamole.sharing\n"
         "import fedamole.cli; fedamole.cli._parser()\n"
         "print(*sorted({name.split('.')[0] for name in sys.modules}))"
     )

@@ -206,3 +206,27 @@ def test_what_is_no_round_of_the_study_stays(configs: Path, tmp_path: Path) -> N
     assert prune(config, "--keep", "last") == 0
     assert there(config)["fedamole"] == before["fedamole"]
     assert there(config)["fedit"] < before["fedit"]
+
+
+def test_a_study_that_shows_what_it_cost_is_pruned(configs: Path, tmp_path: Path) -> None:
+    # Nobody has gathered the costs: they need no round.
+    config = finished(configs, tmp_path, tables={"show": ["overhead", "main"]})
+    before = make_rounds(config)
+    assert prune(config, "--keep", "last") == 0
+    assert there(config)["fedit"] < before["fedit"]
+
+
+def test_a_study_that_may_share_its_runs_is_pruned_only_on_demand(
+    configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A study with the row fedit, of the same run, may still have to test the averages."""
+    tables = {"reference": "fedit-ft"}
+    config = finished(configs, tmp_path, study="ablation", methods=["fedit-ft"], tables=tables)
+    made = make_rounds(config)
+    assert prune(config, "--keep", "last") == 2
+    error = capsys.readouterr().err
+    assert f"study ablation: other studies of {tmp_path} may still need" in error
+    assert "--shared" in error and error.count("\n") == 1
+    assert there(config) == made
+    assert prune(config, "--keep", "last", "--shared") == 0
+    assert there(config)["fedit"] < made["fedit"]

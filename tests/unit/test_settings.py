@@ -1,5 +1,6 @@
 """Configs: names are looked up, mistakes are explained, digests follow the settings."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +10,8 @@ import yaml
 from pydantic import Field
 
 from fedamole import stages
-from fedamole.config import Config, check_config_files, load_config, parse, read_yaml
+from fedamole.cli import main
+from fedamole.config import FOLDERS, Config, check_config_files, load_config, parse, read_yaml
 from fedamole.errors import FedamoleError
 from fedamole.registry import METHODS
 from fedamole.settings import (
@@ -104,6 +106,8 @@ def change(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("results", "my{results}", "results: 'my{results}' is not allowed"),
         ("tables", {"reference": "fedmole"}, "reference 'fedmole' is not among the methods fedam"),
         ("execution", {"gpus": 1}, None),
+        ("study", "mine", None),
+        ("study", "runs", "study 'runs' is the name of a folder that the results have; take "),
         ("scenarios", 5, "scenarios: 5 is not allowed; "),
         ("scenarios", [5], "scenarios: item 1: 5 is not allowed; "),
         ("results", "~/study", "results '~/study' must not start with ~"),
@@ -132,6 +136,57 @@ def test_a_mistake_is_explained_in_one_line(
     assert message in text
     assert text.startswith("my.yaml: ")
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"show": ["main", "sweep"]}, "show: sweep needs a sweep"),
+        ({"show": ["published"]}, "show: published needs numbers of a paper"),
+        ({"figures": ["bars", "sweep"]}, "figures: sweep needs a sweep"),
+        ({"figures": ["stability"]}, "figures: stability needs a method with experts"),
+        ({"figures": ["routing"]}, "figures: routing needs a method with experts"),
+        ({"figures": ["experts"]}, "figures: experts needs a method with experts"),
+        ({"figures": ["assignment"]}, "figures: assignment needs a method with experts"),
+        ({"show": ["assignments"]}, "show: assignments needs a method with experts"),
+        ({"show": ["significance"]}, "show: significance needs the reference method and another"),
+        ({"show": ["overhead", "clients"], "figures": ["overhead", "classes"]}, None),
+    ],
+)
+def test_what_cannot_be_shown_is_refused_when_the_config_is_read(
+    smoke: dict[str, Any], configs: Path, tables: dict[str, Any], message: str | None
+) -> None:
+    config = smoke | {"methods": ["fedit", "fedit-ft"], "tables": tables}
+    if message is None:
+        load_config(config, configs)
+        return
+    with pytest.raises(FedamoleError) as raised:
+        load_config(config, configs, "my.yaml")
+    assert str(raised.value).startswith(f"my.yaml: tables: {message}")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_sweep_can_be_shown(smoke: dict[str, Any], configs: Path) -> None:
+    """Its points, which have no sweep of their own, are configs as well."""
+    sweep = {"training.steps": [1, 2]}
+    tables = {"show": ["sweep"], "figures": ["sweep", "stability"]}
+    assert len(load_config(smoke | {"sweep": sweep, "tables": tables}, configs).points) == 2
+
+
+@pytest.mark.parametrize("command", ["plan", "show"])
+def test_commands_for_people_refuse_what_cannot_be_shown(
+    smoke: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(smoke | {"tables": {"figures": ["sweep"]}}))
+    assert main([command, "--configfile", str(path)]) == 2
+    assert capsys.readouterr().err == f"fedamole: {path}: tables: figures: sweep needs a sweep\n"
+
+
+def test_a_study_may_have_no_name_of_a_folder_of_the_results() -> None:
+    rules = Path(__file__).parents[2] / "workflow/rules"
+    text = "".join(path.read_text() for path in rules.glob("*.smk"))
+    assert set(FOLDERS) == set(re.findall(r"\{(?:RESULTS|OUTPUT)\}/(\w+)", text))
 
 
 def test_a_missing_section_is_named(configs: Path) -> None:

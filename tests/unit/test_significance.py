@@ -15,6 +15,7 @@ from study import Study
 from fedamole.errors import FedamoleError
 from fedamole.results import read_metrics, table_names
 from fedamole.settings import TablesSettings
+from fedamole.shown import check_shown
 from fedamole.significance import EXACT_PAIRS_WITH_TIES, compare, holm, wilcoxon_p
 from fedamole.tables import table_files
 
@@ -159,4 +160,4 @@ def test_without_a_reference_there_is_no_table(tmp_path: Path) -> None:
     assert not any(name.startswith("significance") for name in table_names(alone.settings()))
     asked = replace(alone, tables=TablesSettings(show=["significance"]))
     with pytest.raises(FedamoleError, match="show: significance needs the reference method"):
-        table_names(asked.settings())
+        check_shown(asked.settings())

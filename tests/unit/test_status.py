@@ -469,6 +469,17 @@ def test_a_finished_study(study: Study, printed: Callable[[], str]) -> None:
     assert printed().endswith(f"the study is done; run: fedamole show --configfile {file}\n")
 
 
+def test_a_study_without_the_main_table_finishes_too(
+    study: Study, printed: Callable[[], str]
+) -> None:
+    study.changes["tables"] = {"show": ["clients"]}
+    study.everything()
+    (study.results / "tables").mkdir()
+    assert printed().endswith("all rounds are done; the tables are not drawn yet\n")
+    (study.results / "tables" / "clients.md").write_text("")
+    assert "the study is done; run: fedamole show" in printed()
+
+
 def test_a_failing_client_is_named_with_its_log(study: Study, printed: Callable[[], str]) -> None:
     progress = study.progress("fedit", "train", 1)
     progress.end(progress.start(2), "CUDA out of memory:\n tried to allocate 20 GiB " + "x " * 99)

@@ -13,9 +13,10 @@ from study import Study
 
 from fedamole.errors import FedamoleError
 from fedamole.rendering import Cell, Column, Listing, html_table, latex, markdown
-from fedamole.results import read_metrics, table_names
+from fedamole.results import read_metrics
 from fedamole.settings import TablesSettings
 from fedamole.settings.output import PublishedSettings
+from fedamole.shown import check_shown
 from fedamole.stages import SweepPoint
 from fedamole.tables import table_files
 
@@ -236,7 +237,7 @@ def test_without_a_paper_there_is_no_table_and_no_line(tmp_path: Path) -> None:
 def test_a_table_without_numbers_is_refused(name: Any, need: str) -> None:
     study = replace(STUDY, tables=TablesSettings(show=["main", name]))
     with pytest.raises(FedamoleError, match=f"tables: show: {name} needs {need}"):
-        table_names(study.settings())
+        check_shown(study.settings())
 
 
 def test_the_published_numbers_of_the_library_are_those_of_the_abstract() -> None:

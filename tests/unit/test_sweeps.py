@@ -121,6 +121,23 @@ def test_a_copy_with_other_settings_has_points_of_its_own(
             "sweep: training.steps, adapter.rank, adapter.alpha: 3 settings vary; 2 can be shown",
         ),
         ({"training.steps": []}, "sweep: training.steps: has no values"),
+        (
+            {"training.deepspeed.zero_optimization.stage": [1, 2]},
+            "sweep: training.deepspeed.zero_optimization.stage: must be the same in the whole",
+        ),
+        (
+            {"evaluation": [{"max_new_tokens": 8}]},
+            "sweep: evaluation: is not a setting that can vary; allowed: a path such as",
+        ),
+        (
+            {"prompt.text": ["short", "in two words"]},
+            "sweep: prompt.text: 'in two words' cannot stand in the name of a column, "
+            "'textin two words'",
+        ),
+        (
+            {"adapter.target_modules": [["q_proj"]]},
+            "sweep: adapter.target_modules: ['q_proj'] cannot stand in the name of a column",
+        ),
     ],
 )
 def test_what_cannot_vary_is_refused_in_one_line(
@@ -133,8 +150,9 @@ def test_what_cannot_vary_is_refused_in_one_line(
 
 
 def test_values_are_printed_briefly() -> None:
-    assert [sweeps.shown(v) for v in (5e-5, 3, None, {"eta": 1.0}, "dir0.1")] == [
+    assert [sweeps.shown(v) for v in (5e-5, 1e7, 3, None, {"eta": 1.0}, "dir0.1")] == [
         "5e-05",
+        "1e07",
         "3",
         "none",
         "1",
@@ -211,3 +229,14 @@ def test_studies_of_the_paper_share_what_they_have_in_common(configs: Path) -> N
         for run in ("fedit", "fedamole"):
             one, other = (stages.client_stage(config, slug, run) for config in (main, ablation))
             assert stages.digest(one) == stages.digest(other)
+
+
+def test_no_study_of_the_paper_would_overwrite_another(configs: Path) -> None:
+    folder = configs / "paper"
+    digests: dict[tuple[str, str], set[str]] = {}
+    for name in PAPER:
+        config = load_config(read_yaml(folder / f"{name}.yaml"), configs, name, [folder])
+        for slug, methods in stages.results_stage(config).digests.items():
+            for method, digest in methods.items():
+                digests.setdefault((slug, method), set()).add(digest)
+    assert all(len(found) == 1 for found in digests.values())

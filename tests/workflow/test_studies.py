@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from workflow_study import FRUIT, new_study, write_fruit
 
+from fedamole.artifacts import Header
+
 pytestmark = pytest.mark.xdist_group("workflow")
 
 
@@ -53,3 +55,20 @@ def test_a_broken_row_ends_the_study_with_file_and_line(tmp_path: Path) -> None:
 def test_a_thousand_rounds_are_planned_without_running_out_of_recursion(tmp_path: Path) -> None:
     planned = new_study(tmp_path / "study", rounds=1000, methods=["fedamole"]).planned()
     assert planned["train_clients"] == 1000 and planned["assign"] == 999
+
+
+def test_a_study_does_not_overwrite_the_runs_of_another(tmp_path: Path) -> None:
+    """Only where studies may share a folder: one in a folder of its own goes on."""
+    study = new_study(tmp_path / "study", methods=["zero-shot"], tables={"reference": "zero-shot"})
+    header = json.loads(Header("metrics-table", "0" * 64).to_json())
+    path = study.results / "metrics/chatterbot-dir0.5-s42/zero-shot.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"header": header}) + "\n")
+    assert study.planned()
+    study.config["study"] = "mine"
+    done = study.snakemake("--dry-run")
+    text = done.stdout + done.stderr
+    assert done.returncode == 1 and "Traceback" not in text
+    assert f"{path.relative_to(study.folder)}: was made with other settings" in text
+    path.unlink()
+    assert "evaluate_clients" in study.planned()

@@ -11,6 +11,7 @@ from fedamole.errors import FedamoleError
 from fedamole.planning import workload
 from fedamole.registry import METHODS, RUNS
 from fedamole.results import asks_for_costs, figure_names, table_names
+from fedamole.sharing import check_shared
 from snakemake.exceptions import WorkflowError
 
 LIBRARY = Path(workflow.basedir) / "configs"
@@ -432,6 +433,8 @@ def metrics_of_study():
         cache = check_cache(Path(CACHE), CONFIG, CONFIG.stale == "accept")
         return cache.metrics, cache.costs, cache.settings
     results = stages.results_stage(CONFIG)
+    if CONFIG.study:
+        check_shared(Path(RESULTS) / "metrics", results)
     # What runs cost differs from time to time: gathered only where it is shown.
     kinds = ["jsonl"] + asks_for_costs(results) * ["costs.json"]
     files = [
