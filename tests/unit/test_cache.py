@@ -26,14 +26,14 @@ from fedamole.cache_archive import pack, summary, unpack, verify
 from fedamole.cli import main
 from fedamole.config import Config, load_config, read_yaml
 from fedamole.errors import FedamoleError
-from fedamole.machine import Machine, this_machine
+from fedamole.machine import Platform, this_platform
 from fedamole.manifest import MANIFEST, Manifest, describe, read_manifest, write_manifest
 from fedamole.registry import lookup
 from fedamole.results import read_metrics
 from fedamole.tables import table_files
 
 SLUG = "chatterbot-dir0.5-s42"
-HERE = Machine(processor="here", cores=2, system="Linux", python="3.11.7", packages={})
+HERE = Platform(processor="here", cores=2, system="Linux", python="3.11.7", packages={})
 THERE = HERE.model_copy(update={"processor": "there"})
 Change = dict[str, Any]
 
@@ -62,7 +62,7 @@ def write_metrics(folder: Path, config: Config) -> list[Path]:
     return paths
 
 
-def add_manifest(folder: Path, config: Config | None, machine: Machine = HERE) -> Manifest:
+def add_manifest(folder: Path, config: Config | None, machine: Platform = HERE) -> Manifest:
     """Describe a folder again."""
     old = read_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else None
     settings = stages.results_stage(config) if config else None
@@ -283,7 +283,7 @@ def test_equal_files_give_an_equal_manifest(folder: Path, config: Config) -> Non
 
 def test_a_manifest_names_no_host_path_or_user(folder: Path, config: Config) -> None:
     (folder / MANIFEST).unlink()
-    add_manifest(folder, config, this_machine())
+    add_manifest(folder, config, this_platform())
     text = (folder / MANIFEST).read_text()
     machine = json.loads(text)["machines"][0]
     assert set(machine) == {"processor", "cores", "system", "python", "packages"}

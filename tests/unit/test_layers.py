@@ -50,7 +50,6 @@ LAYERS = [
         "embeddings",
         "contexts",
         "generation",
-        "machine",
         "evaluation",
         "client",
         "device_meter",
