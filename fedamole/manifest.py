@@ -219,7 +219,8 @@ def with_others(folder: Path, made: Manifest, old: Manifest) -> Manifest:
     """Add what an older manifest says of other files of a folder, which other studies made.
 
     A file that is missing or has other bytes by now is left out, with a warning: the study that
-    made it describes it again. So is a file of costs whose metrics are of other settings by now.
+    made it describes it again. A file of costs whose metrics are of other settings by now is left
+    out as well.
 
     Parameters
     ----------

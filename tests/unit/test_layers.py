@@ -27,7 +27,7 @@ LAYERS = [
         "participation",
     }
     | {"slurm", "slurm_site", "snakemake_profile", "launching", "backbone_limits"}
-    | {"machine"},
+    | {"machine", "path_lists"},
     {"artifacts", "pools", "hdf5", "pool_files", "pool_parts", "records", "progress", "owner"}
     | {"meter"},
     {"partition", "assignment", "aggregation", "targets", "results", "rendering", "tables"}
