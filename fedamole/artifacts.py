@@ -221,10 +221,15 @@ def canonical(content: Any) -> str:
 
 def write_record(path: Path, header: Header, content: Mapping[str, Any]) -> None:
     """Write a JSON record: the header and the content, one line each entry, keys sorted."""
+    with replacing(path) as scratch:
+        scratch.write_text(record_text(header, content), encoding="utf-8")
+
+
+def record_text(header: Header, content: Mapping[str, Any]) -> str:
+    """Give the text of a JSON record."""
     lines = [f'"header":{header.to_json()}']
     lines += [f"{json.dumps(key)}:{canonical(content[key])}" for key in sorted(content)]
-    with replacing(path) as scratch:
-        scratch.write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
+    return "{" + ",\n".join(lines) + "}\n"
 
 
 def read_record(path: Path, kind: str, digest: str | None = None) -> tuple[Header, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """A cache in a folder or a zip archive: verified, packed into one file, and unpacked again."""
 
+import logging
 import stat
 import zipfile
 import zlib
@@ -15,9 +16,13 @@ from fedamole.manifest import (
     check_bytes,
     checked,
     content_of,
+    manifest_text,
     parse_manifest,
     read_manifest,
+    with_others,
 )
+
+logger = logging.getLogger(__name__)
 
 # Bytes of all files together. A study of a hundred rows has a few ten MB; all are read at once.
 LIMIT = 2**29
@@ -126,6 +131,8 @@ def unpack(archive: Path, folder: Path, force: bool = False) -> list[Path]:
     """Put the files of an archive into a folder, once all of them were verified.
 
     Every file appears whole, the manifest last. What is there with the same bytes is left alone.
+    A manifest that is there keeps what it says of other files; see
+    :func:`fedamole.manifest.with_others`.
 
     Returns
     -------
@@ -139,9 +146,15 @@ def unpack(archive: Path, folder: Path, force: bool = False) -> list[Path]:
     """
     if archive.is_dir():
         raise FedamoleError(f"{archive}: is a folder; a zip archive is needed")
-    files = verify(archive).whole
+    contents = verify(archive)
+    files = contents.whole
     present = {name: content_of(folder / name) for name in files}
-    differing = [name for name, content in present.items() if content not in (None, files[name])]
+    files[MANIFEST] = _merged(contents, folder, present[MANIFEST], force)
+    differing = [
+        name
+        for name, content in present.items()
+        if name != MANIFEST and content not in (None, files[name])
+    ]
     if differing and not force:
         lines = [f"{folder / name}: differs from the archive" for name in differing]
         raise FedamoleError("\n".join([*lines, "nothing was unpacked; --force overwrites"]))
@@ -150,6 +163,21 @@ def unpack(archive: Path, folder: Path, force: bool = False) -> list[Path]:
         with replacing(folder / name) as scratch:
             scratch.write_bytes(files[name])
     return [folder / name for name in written]
+
+
+def _merged(contents: Contents, folder: Path, present: bytes | None, force: bool) -> bytes:
+    """Bytes of the manifest of a folder once an archive is unpacked into it."""
+    if present is None:
+        return contents.text
+    try:
+        old = parse_manifest(present, folder / MANIFEST)
+    except FedamoleError as error:
+        if not force:
+            raise
+        logger.warning("%s; it is replaced", error)
+        return contents.text
+    merged = with_others(folder, contents.manifest, old)
+    return contents.text if merged is contents.manifest else manifest_text(merged)
 
 
 def _read_folder(folder: Path) -> Contents:

@@ -8,14 +8,16 @@ and a client that was lost said nothing.
 
 import csv
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
 from fedamole.artifacts import Header, read_record, write_record
 from fedamole.config import parse
 from fedamole.errors import FedamoleError
-from fedamole.meter import ClientCosts
+from fedamole.meter import Amounts, ClientCosts, Machine
 from fedamole.progress import ClientProgress, Work
 from fedamole.registry import lookup
 from fedamole.settings import Section
@@ -26,38 +28,17 @@ KIND = "costs"
 SERVER_JOBS = {"aggregate": "aggregate_seconds", "assign": "assign_seconds"}
 
 
-class Machine(Section):
-    """A kind of machine that clients worked on; see :class:`fedamole.meter.Machine`."""
+@dataclass(frozen=True, kw_only=True)
+class ClientCost(Amounts):
+    """What one client cost in one round: its training, and the tests that the row reports.
 
-    processor: str
-    """Name of its processor."""
-    gpu: str | None
-    """Name of its GPU; None if none was used."""
-    threads: int
-    """Threads of torch, in one process."""
+    Attributes
+    ----------
+    client
+        Its index.
+    """
 
-
-class ClientCost(Section):
-    """What one client cost in one round; see :class:`fedamole.meter.ClientCosts`."""
-
-    client: int = Field(ge=0)
-    """Client."""
-    training_seconds: float | None = None
-    """Wall time of its local training; None where it did not train."""
-    testing_seconds: float | None = None
-    """Wall time of the tests that the row reports."""
-    embedding_seconds: float | None = None
-    """Wall time of embedding its embedding set."""
-    peak_memory_mb: float | None = None
-    """Highest resident memory of its process, in MB (10^6 bytes)."""
-    peak_gpu_memory_mb: float | None = None
-    """Highest GPU memory of tensors, in MB."""
-    upload_bytes: int | None = None
-    """Of what it sent."""
-    download_bytes: int | None = None
-    """Of what it read of the pool."""
-    trainable: int | None = None
-    """Numbers that it trained."""
+    client: Annotated[int, Field(ge=0)]
 
 
 class RoundCosts(Section):
@@ -127,19 +108,23 @@ def _client_cost(
     client: int, training: ClientCosts | None, tests: ClientCosts | None
 ) -> ClientCost:
     """Put together what one client cost in training and in the tests that count."""
-    known = [costs for costs in (training, tests) if costs]
-    gpu = [c.peak_gpu_memory_mb for c in known if c.peak_gpu_memory_mb is not None]
+    training, tests = training or ClientCosts(), tests or ClientCosts()
+    both = (training, tests)
     return ClientCost(
         client=client,
-        training_seconds=training and training.training_seconds,
-        testing_seconds=tests and tests.testing_seconds,
-        embedding_seconds=training and training.embedding_seconds,
-        peak_memory_mb=max((costs.peak_memory_mb for costs in known), default=None),
-        peak_gpu_memory_mb=max(gpu, default=None),
-        upload_bytes=training and training.upload_bytes,
-        download_bytes=training and training.download_bytes,
-        trainable=training and training.trainable,
+        training_seconds=training.training_seconds,
+        testing_seconds=tests.testing_seconds,
+        embedding_seconds=training.embedding_seconds,
+        peak_memory_mb=_highest(costs.peak_memory_mb for costs in both),
+        peak_gpu_memory_mb=_highest(costs.peak_gpu_memory_mb for costs in both),
+        upload_bytes=training.upload_bytes,
+        download_bytes=training.download_bytes,
+        trainable=training.trainable,
     )
+
+
+def _highest(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def machines_of(records: Iterable[ClientProgress], digest: str) -> list[Machine]:
@@ -149,10 +134,7 @@ def machines_of(records: Iterable[ClientProgress], digest: str) -> list[Machine]
         for record in records
         if record.digest == digest and record.costs and record.costs.machine
     }
-    return [
-        Machine(processor=each.processor, gpu=each.gpu, threads=each.threads)
-        for each in sorted(found, key=lambda each: (each.processor, each.gpu or "", each.threads))
-    ]
+    return sorted(found, key=lambda each: (each.processor, each.gpu or "", each.threads))
 
 
 def job_seconds(path: Path) -> float | None:

@@ -20,6 +20,7 @@ from fedamole.drawing_lines import draw_stability, draw_sweep
 from fedamole.drawing_overhead import draw_overhead
 from fedamole.drawing_parts import LEGEND_POINTS, TICK_POINTS, TITLE_POINTS
 from fedamole.drawing_routing import draw_routing
+from fedamole.errors import FedamoleError
 from fedamole.figure_data import Rows, assignment_rows, classes_rows, experts_rows, rounds_rows
 from fedamole.figure_rows_experts import routing_rows, stability_rows
 from fedamole.figure_rows_scores import bars_rows, sweep_rows
@@ -143,10 +144,22 @@ def _one(rows_of: Callable[[Metrics, ResultsStage], Rows]) -> RowsOf:
 
 
 def _overhead_bars(metrics: Metrics, settings: ResultsStage) -> Iterator[Rows]:
-    """Rows of the figure of each scenario."""
+    """Rows of the figure of each scenario.
+
+    Raises
+    ------
+    FedamoleError
+        If nothing was measured in one of them.
+    """
     bars = overhead_bars(metrics.costs)
     for scenario in settings.scenarios:
-        yield [row for row in bars if row["scenario"] == scenario]
+        rows = [row for row in bars if row["scenario"] == scenario]
+        if not rows:
+            raise FedamoleError(
+                f"figure overhead: nothing was measured on {scenario}; costs are gathered from the "
+                f"progress folder of the results, which may not have been copied with them"
+            )
+        yield rows
 
 
 # Kind -> the rows of its figures, in the order of their names, and how they are drawn.

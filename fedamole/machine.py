@@ -10,7 +10,7 @@ from fedamole.settings import Section
 PACKAGES = ("deepspeed", "torch", "transformers")
 
 
-class Machine(Section):
+class Platform(Section):
     """What a study ran on."""
 
     processor: str
@@ -25,10 +25,10 @@ class Machine(Section):
     """Package -> version, of those that compute the numbers and are installed."""
 
 
-def this_machine() -> Machine:
-    """Describe the machine that this process runs on; no package is imported."""
+def this_platform() -> Platform:
+    """Describe what this process runs on; no package is imported."""
     system = [platform.system(), platform.machine(), *platform.libc_ver()]
-    return Machine(
+    return Platform(
         processor=processor(),
         cores=os.cpu_count() or 1,
         system=" ".join(filter(None, system)),

@@ -5,23 +5,26 @@ it holds checksums, no signature.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, model_validator
 
 from fedamole import records
-from fedamole.artifacts import Header, canonical, parse_record, write_record
+from fedamole.artifacts import Header, canonical, parse_record, record_text, replacing
 from fedamole.config import parse
 from fedamole.costs import read_costs
 from fedamole.errors import FedamoleError
-from fedamole.machine import Machine
+from fedamole.machine import Platform
 from fedamole.registry import lookup
 from fedamole.results import json_line, read_run
 from fedamole.settings import Section
 from fedamole.settings.section import Slug
 from fedamole.stages import ResultsStage, Versions, versions_of
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 KIND = "manifest"
@@ -73,7 +76,7 @@ class Manifest(Section):
     """Path in the folder -> the metrics file."""
     costs: dict[str, CostsEntry] = {}
     """Path in the folder -> the file of costs beside a metrics file."""
-    machines: list[Machine]
+    machines: list[Platform]
     """Where the files were first described, in the order of the files; see :func:`describe`."""
 
     @model_validator(mode="after")
@@ -170,7 +173,7 @@ def facts_of(content: bytes, path: Path) -> Facts:
 def describe(
     folder: Path,
     paths: Iterable[Path],
-    machine: Machine,
+    machine: Platform,
     settings: ResultsStage | None = None,
     old: Manifest | None = None,
 ) -> Manifest:
@@ -198,8 +201,7 @@ def describe(
         One line for each file that is broken, in a wrong place, or of unknown code.
     """
     known = old or Manifest(files={}, machines=[])
-    files: dict[str, Entry] = {}
-    machines: list[Machine] = []
+    found: dict[str, _Located] = {}
     problems: list[str] = []
     for path in sorted(paths):
         try:
@@ -207,36 +209,103 @@ def describe(
         except FedamoleError as error:
             problems.append(str(error))
             continue
-        machines += [where] if where not in machines else []
-        name = metrics_name(entry.scenario, entry.method)
-        files[name] = entry.model_copy(update={"machine": machines.index(where)})
-    costs, broken = _costs(folder, files.values())
-    if problems := problems + broken:
+        found[metrics_name(entry.scenario, entry.method)] = entry, where
+    if problems:
         raise FedamoleError("\n".join(problems))
-    return Manifest(files=files, costs=costs, machines=machines)
+    return _assembled(found, _costs(folder, (entry for entry, _ in found.values())))
 
 
-def _costs(folder: Path, entries: Iterable[Entry]) -> tuple[dict[str, CostsEntry], list[str]]:
-    """Describe the files of costs beside metrics files, and say what is wrong with others."""
+def with_others(folder: Path, made: Manifest, old: Manifest) -> Manifest:
+    """Add what an older manifest says of other files of a folder, which other studies made.
+
+    A file that is missing or has other bytes by now is left out, with a warning: the study that
+    made it describes it again. A file of costs whose metrics are of other settings by now is left
+    out as well.
+
+    Parameters
+    ----------
+    folder
+        Where the manifest will lie.
+    made
+        The manifest of the files that are known; its word counts for them.
+    old
+        The manifest so far.
+    """
+    kept = _unchanged(folder, {n: e for n, e in old.files.items() if n not in made.files})
+    files = {**_located(old, kept), **_located(made, made.files)}
+    beside = {
+        costs_name(entry.scenario, entry.method)
+        for name, entry in old.files.items()
+        if name in files and files[name][0].digest == entry.digest
+    }
+    others = {name: old.costs[name] for name in old.costs if name in beside - set(made.costs)}
+    costs = _unchanged(folder, others)
+    return _assembled(files, {**costs, **made.costs}) if kept or costs else made
+
+
+# What is said of a metrics file, and where it was made.
+_Located = tuple[Entry, Platform]
+
+
+def _located(manifest: Manifest, names: Iterable[str]) -> dict[str, _Located]:
+    entries = {name: manifest.files[name] for name in names}
+    return {name: (entry, manifest.machines[entry.machine]) for name, entry in entries.items()}
+
+
+def _assembled(files: Mapping[str, _Located], costs: dict[str, CostsEntry]) -> Manifest:
+    """Make a manifest; its machines stand in the order of the files, each once."""
+    # The order of paths: by folder, then by name.
+    ordered = dict(sorted(files.items(), key=lambda item: item[0].split("/")))
+    machines: list[Platform] = []
+    for _, machine in ordered.values():
+        machines += [machine] if machine not in machines else []
+    entries = {
+        name: entry.model_copy(update={"machine": machines.index(machine)})
+        for name, (entry, machine) in ordered.items()
+    }
+    return Manifest(files=entries, costs=costs, machines=machines)
+
+
+_AnyEntry = TypeVar("_AnyEntry", Entry, CostsEntry)
+
+
+def _unchanged(folder: Path, entries: Mapping[str, _AnyEntry]) -> dict[str, _AnyEntry]:
+    """Entries of the files that have their bytes still; the others are said in the log."""
+    found: dict[str, _AnyEntry] = {}
+    for name, entry in entries.items():
+        try:
+            check_bytes(folder / name, content_of(folder / name), entry)
+            found[name] = entry
+        except FedamoleError as error:
+            logger.warning("%s; it is left out of the manifest", error)
+    return found
+
+
+def _costs(folder: Path, entries: Iterable[Entry]) -> dict[str, CostsEntry]:
+    """Describe the files of costs beside metrics files.
+
+    One of other settings, or a broken one, is left out with a warning: of a study that shows no
+    costs nothing renews it.
+    """
     found: dict[str, CostsEntry] = {}
-    problems: list[str] = []
     for entry in entries:
         name = costs_name(entry.scenario, entry.method)
-        content = content_of(folder / name)
-        if content is None:
-            continue
         try:
+            content = content_of(folder / name)
+            if content is None:
+                continue
             read_costs(folder / name, entry.digest)
         except FedamoleError as error:
-            problems.append(str(error))
+            logger.warning("%s; it is left out of the manifest", error)
+            continue
         sha256 = hashlib.sha256(content).hexdigest()
         found[name] = CostsEntry(sha256=sha256, size=len(content))
-    return found, problems
+    return found
 
 
 def _entry(
-    folder: Path, path: Path, machine: Machine, settings: ResultsStage | None, known: Manifest
-) -> tuple[Entry, Machine]:
+    folder: Path, path: Path, machine: Platform, settings: ResultsStage | None, known: Manifest
+) -> tuple[Entry, Platform]:
     """Describe one file, whose every line is checked, and say which machine it is of."""
     read_run(path)
     content = path.read_bytes()
@@ -277,8 +346,14 @@ def _versions_by(settings: ResultsStage | None, facts: Facts, path: Path) -> Ver
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write a manifest; the digest in its header is that of its own content."""
+    with replacing(path) as scratch:
+        scratch.write_bytes(manifest_text(manifest))
+
+
+def manifest_text(manifest: Manifest) -> bytes:
+    """Give the bytes of a manifest."""
     content = manifest.model_dump(mode="json")
-    write_record(path, Header(KIND, _own_digest(content)), content)
+    return record_text(Header(KIND, _own_digest(content)), content).encode()
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -38,9 +38,9 @@ class Machine:
     threads: int
 
 
-@dataclass(frozen=True)
-class ClientCosts:
-    """What the work of one client in one round cost.
+@dataclass(frozen=True, kw_only=True)
+class Amounts:
+    """What work cost, in numbers; None is what was not measured.
 
     Attributes
     ----------
@@ -64,18 +64,28 @@ class ClientCosts:
         expert, P. None where nothing was trained.
     trainable
         Numbers that it trained; None where nothing was.
-    machine
-        What it ran on, if that is known.
     """
 
-    training_seconds: float
-    testing_seconds: float
-    embedding_seconds: float
-    peak_memory_mb: float
+    training_seconds: float | None = None
+    testing_seconds: float | None = None
+    embedding_seconds: float | None = None
+    peak_memory_mb: float | None = None
     peak_gpu_memory_mb: float | None = None
     upload_bytes: int | None = None
     download_bytes: int | None = None
     trainable: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientCosts(Amounts):
+    """What the work of one client in one round cost.
+
+    Attributes
+    ----------
+    machine
+        What it ran on, if that is known.
+    """
+
     machine: Machine | None = None
 
 

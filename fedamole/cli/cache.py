@@ -46,8 +46,8 @@ def _add_manifest(
 def run_manifest(args: argparse.Namespace) -> None:
     """Write the manifest of a folder; what the old one knows of unchanged files stays."""
     # Here, because help needs none of it.
-    from fedamole.machine import this_machine
-    from fedamole.manifest import MANIFEST, describe, read_manifest, write_manifest
+    from fedamole.machine import this_platform
+    from fedamole.manifest import MANIFEST, describe, read_manifest, with_others, write_manifest
 
     if (args.folder is None) == (args.out is None):
         raise FedamoleError("fedamole cache manifest needs FOLDER or --out FILE, not both")
@@ -56,11 +56,10 @@ def run_manifest(args: argparse.Namespace) -> None:
     if not paths:
         raise FedamoleError(f"{out.parent}: has no metrics files (SCENARIO/METHOD.jsonl)")
     old = read_manifest(out) if out.exists() else None
+    manifest = describe(out.parent, paths, this_platform(), _settings(args), old)
     if old and args.metrics:
-        # Another study of the same results folder made them.
-        kept = (out.parent / name for name in old.files)
-        paths = sorted({*paths, *(path for path in kept if path.is_file())})
-    manifest = describe(out.parent, paths, this_machine(), _settings(args), old)
+        # Another study of the same results folder made the others.
+        manifest = with_others(out.parent, manifest, old)
     write_manifest(out, manifest)
     print(f"{out}: {len(manifest.files)} files, {len(manifest.machines)} machines")
 

@@ -21,7 +21,7 @@ from fedamole.config import Config
 from fedamole.errors import FedamoleError
 from fedamole.launching import LAUNCHER
 from fedamole.planning.model_size import ModelSize
-from fedamole.planning.times import Clock, Machine, assumed_machine, weights_seconds
+from fedamole.planning.times import Clock, Speed, assumed_machine, weights_seconds
 from fedamole.planning.workload import ClientData, RunWork, population_of, works_of
 from fedamole.progress import Work, read_progress
 from fedamole.settings import Section
@@ -76,7 +76,7 @@ class Measurement:
         What was measured, for people.
     """
 
-    machine: Machine
+    machine: Speed
     data: ClientData
     words: str
 
@@ -102,7 +102,7 @@ def measure(config: Config, size: ModelSize) -> Measurement:
     return Measurement(machine, data, _words(times, trial.slug))
 
 
-def _as_fast(clock: Clock, work: RunWork, data: ClientData, times: Times) -> Machine:
+def _as_fast(clock: Clock, work: RunWork, data: ClientData, times: Times) -> Speed:
     """The machine of a clock, made as fast as it was measured."""
     machine = clock.machine
     step = clock.client(clock.passes(data, work, "train_clients", 1)[:1])

@@ -42,7 +42,11 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--scenario", required=True, help="name of the scenario with its seed")
     parser.add_argument("--method", required=True, help="row of the tables")
     parser.add_argument("--partition", type=Path, required=True)
-    parser.add_argument("--metrics", type=Path, nargs="+", required=True, metavar="FILE")
+    metrics = parser.add_mutually_exclusive_group(required=True)
+    metrics.add_argument("--metrics", type=Path, nargs="+", metavar="FILE")
+    metrics.add_argument(
+        "--metrics-list", type=Path, metavar="FILE", help="text file of their paths, one a line"
+    )
     parser.add_argument("--assignments", type=Path, nargs="*", default=[], metavar="FILE")
     add_quorum(parser)
     parser.add_argument("--out", type=Path, required=True)
@@ -55,7 +59,8 @@ def run_gather(args: argparse.Namespace) -> None:
 
     settings = parse(ClientStage, args.settings, "--settings")
     stage_digest = digest(settings)
-    tests = {path: read_record(path, "metrics", stage_digest)[1] for path in args.metrics}
+    metrics = args.metrics or _listed(args.metrics_list)
+    tests = {path: read_record(path, "metrics", stage_digest)[1] for path in metrics}
     clients = [record for record in tests.values() if "dropped_out" not in record]
     dropouts = {path: record for path, record in tests.items() if "dropped_out" in record}
     if lookup(args.method).evaluated == "local":
@@ -64,7 +69,7 @@ def run_gather(args: argparse.Namespace) -> None:
     assignments = [read_assignment(path, digest(settings.run)) for path in args.assignments]
     parents = {
         "partition": sha256(args.partition),
-        "metrics": _digest_of_all(args.metrics),
+        "metrics": _digest_of_all(metrics),
         "assignments": _digest_of_all(args.assignments),
     }
     header = json.loads(Header(KIND, stage_digest, parents).to_json())
@@ -78,6 +83,17 @@ def run_gather(args: argparse.Namespace) -> None:
     ]
     with replacing(args.out) as scratch:
         scratch.write_text("".join(canonical(record) + "\n" for record in records))
+
+
+def _listed(path: Path) -> list[Path]:
+    """Read the paths in a list, which may be a pipe."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise FedamoleError(f"{path}: is no readable list of paths ({error})") from error
+    if not lines:
+        raise FedamoleError(f"{path}: lists no paths")
+    return [Path(line) for line in lines]
 
 
 def _check_quorums(

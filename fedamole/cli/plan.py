@@ -25,8 +25,8 @@ from fedamole.planning.times import (
     LIGHT_JOB_S,
     SAFETY,
     Clock,
-    Machine,
     RunTime,
+    Speed,
     assumed_machine,
     job_minutes,
 )
@@ -321,7 +321,7 @@ def _with_lengths(study: Study, seen: ClientData) -> Study:
     return replace(study, data=data)
 
 
-def _speed(machine: Machine) -> str:
+def _speed(machine: Speed) -> str:
     """Say how fast a process is assumed to be."""
     return (
         f"Guess: a process computes {machine.flops / 1e9:,.0f} GFLOP/s, reads weights at "

@@ -38,7 +38,7 @@ READ = 0.5e9
 
 
 @dataclass(frozen=True)
-class Machine:
+class Speed:
     """How fast one process is.
 
     Attributes
@@ -75,8 +75,8 @@ class Machine:
         return passes.flops(size) / self.flops + passes.number * each * passes.products / 2
 
 
-GPU = Machine(flops=30e12, bandwidth=1e12, exchange=10e9, layer_s=1.5e-3, start_s=40)
-CPU_THREAD = Machine(flops=20e9, bandwidth=10e9, exchange=1e9, layer_s=0.5e-3, start_s=20)
+GPU = Speed(flops=30e12, bandwidth=1e12, exchange=10e9, layer_s=1.5e-3, start_s=40)
+CPU_THREAD = Speed(flops=20e9, bandwidth=10e9, exchange=1e9, layer_s=0.5e-3, start_s=20)
 
 
 def weights_seconds(config: Config, size: ModelSize) -> float:
@@ -84,7 +84,7 @@ def weights_seconds(config: Config, size: ModelSize) -> float:
     return size.num_parameters * BYTES[config.backbone.dtype] / READ
 
 
-def assumed_machine(config: Config) -> Machine:
+def assumed_machine(config: Config) -> Speed:
     """Guess how fast one process of a job is."""
     if config.execution.gpus:
         return GPU
@@ -131,7 +131,7 @@ class Clock:
 
     config: Config
     size: ModelSize
-    machine: Machine
+    machine: Speed
     measured: Mapping[tuple[str, str, str], float] = field(default_factory=dict)
 
     def passes(self, data: ClientData, work: RunWork, rule: str, steps: float) -> list[Passes]:

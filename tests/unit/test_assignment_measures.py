@@ -213,6 +213,13 @@ def test_gather_records_the_optimum_whatever_made_the_assignment(
     arguments += ["--partition", str(paths["partition.json"]), "--metrics", *map(str, metrics)]
     arguments += ["--assignments", str(paths["assignment.h5"]), "--out", str(paths["out.jsonl"])]
     assert main(["gather", *arguments]) == 0
+    listed, text = tmp_path / "metrics.txt", paths["out.jsonl"].read_bytes()
+    listed.write_text("".join(f"{path}\n" for path in metrics))
+    place = arguments.index("--metrics")
+    arguments[place : place + 1 + len(metrics)] = ["--metrics-list", str(listed)]
+    paths["out.jsonl"].unlink()
+    assert main(["gather", *arguments]) == 0
+    assert paths["out.jsonl"].read_bytes() == text
     record = read_run(paths["out.jsonl"]).assignments[1]
     assert record.objective == by_chance.objective_M.tolist()
     assert record.optimum == best.objective_M.tolist()

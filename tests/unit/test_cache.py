@@ -25,15 +25,24 @@ from fedamole.cache import Cache, check_cache
 from fedamole.cache_archive import pack, summary, unpack, verify
 from fedamole.cli import main
 from fedamole.config import Config, load_config, read_yaml
+from fedamole.costs import RoundCosts, RunCosts, write_costs
 from fedamole.errors import FedamoleError
-from fedamole.machine import Machine, this_machine
-from fedamole.manifest import MANIFEST, Manifest, describe, read_manifest, write_manifest
+from fedamole.machine import Platform, this_platform
+from fedamole.manifest import (
+    MANIFEST,
+    Manifest,
+    costs_name,
+    describe,
+    metrics_name,
+    read_manifest,
+    write_manifest,
+)
 from fedamole.registry import lookup
-from fedamole.results import read_metrics
+from fedamole.results import expected, read_metrics
 from fedamole.tables import table_files
 
 SLUG = "chatterbot-dir0.5-s42"
-HERE = Machine(processor="here", cores=2, system="Linux", python="3.11.7", packages={})
+HERE = Platform(processor="here", cores=2, system="Linux", python="3.11.7", packages={})
 THERE = HERE.model_copy(update={"processor": "there"})
 Change = dict[str, Any]
 
@@ -62,7 +71,7 @@ def write_metrics(folder: Path, config: Config) -> list[Path]:
     return paths
 
 
-def add_manifest(folder: Path, config: Config | None, machine: Machine = HERE) -> Manifest:
+def add_manifest(folder: Path, config: Config | None, machine: Platform = HERE) -> Manifest:
     """Describe a folder again."""
     old = read_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else None
     settings = stages.results_stage(config) if config else None
@@ -283,7 +292,7 @@ def test_equal_files_give_an_equal_manifest(folder: Path, config: Config) -> Non
 
 def test_a_manifest_names_no_host_path_or_user(folder: Path, config: Config) -> None:
     (folder / MANIFEST).unlink()
-    add_manifest(folder, config, this_machine())
+    add_manifest(folder, config, this_platform())
     text = (folder / MANIFEST).read_text()
     machine = json.loads(text)["machines"][0]
     assert set(machine) == {"processor", "cores", "system", "python", "packages"}
@@ -334,6 +343,132 @@ def test_a_broken_file_gets_no_entry(folder: Path, config: Config) -> None:
     path.write_text(path.read_text()[:-20])
     with pytest.raises(FedamoleError, match=r"fedit\.jsonl:\d+: is not a whole JSON line"):
         add_manifest(folder, config)
+
+
+# Costs, and other studies of the same folder
+
+
+def write_costs_beside(folder: Path, config: Config, seconds: float = 1.0) -> list[Path]:
+    """Files of costs as `gather-costs` writes them for a config, by the code of now."""
+    paths = []
+    for slug, methods in stages.results_stage(config).digests.items():
+        for method, digest in methods.items():
+            rounds = [RoundCosts(round=1, clients=[], aggregate_seconds=seconds)]
+            costs = RunCosts(scenario=slug, seed=42, method=method, machines=[], rounds=rounds)
+            paths.append(folder / costs_name(slug, method))
+            write_costs(paths[-1], Header("costs", digest), costs)
+    return paths
+
+
+OVERHEAD: Change = {"tables": {"show": ["overhead"]}}
+
+
+def test_costs_that_are_missing_or_changed_are_named(folder: Path, configs: Path) -> None:
+    shown = study(configs, **OVERHEAD)
+    paths = write_costs_beside(folder, shown)
+    add_manifest(folder, shown)
+    assert check_cache(folder, shown).costs == paths
+    paths[0].unlink()
+    flip(paths[1], 300)
+    missing, changed = refused(folder, shown)
+    assert missing == f"{paths[0].relative_to(folder)}: is missing"
+    assert changed.startswith(f"{paths[1].relative_to(folder)}: differs from the manifest (SHA-256")
+    assert check_cache(folder, study(configs)).costs == []
+
+
+def test_stale_costs_stop_only_a_study_that_shows_them(
+    folder: Path, configs: Path, config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_costs_beside(folder, study(configs, evaluation={"batch_size": 1}, methods=["fedit"]))
+    add_manifest(folder, config)
+    stale = f"{SLUG}/fedit.costs.json"
+    assert [stale in message for message in caplog.messages] == [True]
+    assert caplog.messages[0].endswith("; it is left out of the manifest")
+    assert check_cache(folder, config).costs == []
+    shown = study(configs, methods=["fedit"], **OVERHEAD)
+    assert refused(folder, shown) == [f"{stale}: is not in the manifest"]
+
+
+def describe_as_the_rule(folder: Path, config: Config) -> Manifest:
+    """Write the manifest of the files of a study, as the workflow does."""
+    settings = stages.results_stage(config)
+    pairs = expected(settings)
+    paths = [str(folder / metrics_name(slug, method)) for slug, method in pairs]
+    command = ["cache", "manifest", "--settings", stages.canonical_json(settings)]
+    assert main([*command, "--metrics", *paths, "--out", str(folder / MANIFEST)]) == 0
+    return read_manifest(folder / MANIFEST)
+
+
+@pytest.mark.parametrize("change", ["made anew", "broken", "missing"])
+def test_a_changed_file_of_another_study_is_left_out_of_the_manifest(
+    folder: Path, configs: Path, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, name = study(configs, methods=["fedit"]), f"{SLUG}/zero-shot.jsonl"
+    before = read_manifest(folder / MANIFEST)
+    if change == "made anew":
+        write_metrics(folder, study(configs, methods=["zero-shot"], evaluation={"batch_size": 1}))
+    elif change == "broken":
+        (folder / name).write_text("{")
+    else:
+        (folder / name).unlink()
+    made = describe_as_the_rule(folder, own)
+    assert made.files == {key: each for key, each in before.files.items() if key != name}
+    (message,) = caplog.messages
+    assert message.startswith(f"{folder / name}: ")
+    assert message.endswith("; it is left out of the manifest")
+    assert check_cache(folder, own).metrics == [folder / SLUG / "fedit.jsonl"]
+
+
+def test_a_manifest_made_in_parts_is_that_made_at_once(
+    folder: Path, configs: Path, config: Config
+) -> None:
+    write_costs_beside(folder, config)
+    add_manifest(folder, config)
+    whole = (folder / MANIFEST).read_bytes()
+    for methods in (["zero-shot"], ["fedit", "fedamole"]):
+        describe_as_the_rule(folder, study(configs, methods=methods))
+        assert (folder / MANIFEST).read_bytes() == whole
+
+
+def test_unpacking_beside_another_study_keeps_both(
+    folder: Path, configs: Path, config: Config, tmp_path: Path
+) -> None:
+    pack(folder, tmp_path / "study.zip")
+    there, other = tmp_path / "there", study(configs, methods=["local"], **OVERHEAD)
+    write_metrics(there, other)
+    write_costs_beside(there, other)
+    add_manifest(there, other, THERE)
+    unpack(tmp_path / "study.zip", there)
+    assert check_cache(there, config).metrics
+    assert check_cache(there, other).costs == [there / SLUG / "local.costs.json"]
+    merged = verify(there).manifest
+    machines = {name: merged.machines[entry.machine] for name, entry in merged.files.items()}
+    assert machines.pop(f"{SLUG}/local.jsonl") == THERE
+    assert list(machines.values()) == [HERE] * len(config.methods)
+    assert unpack(tmp_path / "study.zip", there) == []
+
+
+def test_unpacking_forgets_a_file_that_was_changed_before(
+    folder: Path, configs: Path, config: Config, tmp_path: Path
+) -> None:
+    pack(folder, tmp_path / "study.zip")
+    there, other = tmp_path / "there", study(configs, methods=["local"])
+    (path,) = write_metrics(there, other)
+    add_manifest(there, other)
+    flip(path, 50)
+    unpack(tmp_path / "study.zip", there)
+    assert (there / MANIFEST).read_bytes() == (folder / MANIFEST).read_bytes()
+    assert refused(there, other) == [f"{SLUG}/local.jsonl: is not in the manifest"]
+
+
+def test_a_broken_manifest_is_replaced_by_force_only(folder: Path, tmp_path: Path) -> None:
+    pack(folder, tmp_path / "study.zip")
+    packed = content(folder)
+    (folder / MANIFEST).write_text("mine")
+    with pytest.raises(FedamoleError, match=r"manifest\.json: is not "):
+        unpack(tmp_path / "study.zip", folder)
+    unpack(tmp_path / "study.zip", folder, force=True)
+    assert content(folder) == packed
 
 
 def rewrite(folder: Path, change: Callable[[Any], None], sign: bool) -> None:

@@ -26,7 +26,7 @@ from fedamole.costs import (
 )
 from fedamole.drawing_overhead import draw_overhead
 from fedamole.errors import FedamoleError
-from fedamole.figures import PNG_DOTS_PER_INCH, STYLE, render
+from fedamole.figures import DRAWN, PNG_DOTS_PER_INCH, STYLE, render
 from fedamole.meter import ClientCosts, Machine, Meter
 from fedamole.overhead_table import (
     overhead_bars,
@@ -35,6 +35,7 @@ from fedamole.overhead_table import (
     overhead_rows,
 )
 from fedamole.progress import ClientProgress, RoundProgress, Work
+from fedamole.results import Metrics
 from fedamole.stages import canonical_json, client_stage, digest
 
 CHECKOUT = Path(__file__).parents[2]
@@ -289,6 +290,17 @@ def test_the_figure_has_a_bar_for_each_number_and_fits_one_column() -> None:
     widths = [[bar.get_width() for bar in axes.patches] for axes in panels.values()]
     assert widths == [[2.5], [pytest.approx(50.0)], [5.0], [2.0]]
     assert int.from_bytes(picture[16:20]) == int(3.4 * PNG_DOTS_PER_INCH)
+
+
+def test_a_figure_of_costs_needs_a_number_in_each_scenario() -> None:
+    nothing = run("fedamole", 1).model_copy(update={"rounds": []})
+    study = Study(lambda *_: 0.0, lambda *_: 0.0, ("fedamole",), {"a": [1], "b": [1]})
+    costs = {"a": {"fedamole": [run("fedamole", 1)]}, "b": {"fedamole": [nothing]}}
+    settings = study.settings().model_copy(update={"figures": ["overhead"]})
+    drawn = DRAWN["overhead"][0](Metrics({}, costs), settings)
+    assert next(drawn)
+    with pytest.raises(FedamoleError, match="figure overhead: nothing was measured on b; "):
+        next(drawn)
 
 
 # What is trained

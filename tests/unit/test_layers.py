@@ -28,7 +28,7 @@ LAYERS = [
         "participation",
     }
     | {"slurm", "slurm_site", "snakemake_profile", "launching", "backbone_limits"}
-    | {"machine"},
+    | {"machine", "path_lists"},
     {"artifacts", "pools", "hdf5", "pool_files", "pool_parts", "records", "progress", "owner"}
     | {"meter"},
     {"partition", "assignment", "aggregation", "targets", "results", "rendering", "tables"}
@@ -51,7 +51,6 @@ LAYERS = [
         "embeddings",
         "contexts",
         "generation",
-        "machine",
         "evaluation",
         "client",
         "device_meter",

@@ -68,6 +68,22 @@ def test_jobs_are_those_that_the_workflow_plans(changes: dict[str, Any], tmp_pat
     assert job_counts(load_config(study.config, REPOSITORY / "configs")) == planned
 
 
+def test_a_large_study_is_gathered_by_a_short_command(tmp_path: Path) -> None:
+    """Linux takes 128 KiB for one argument of a process, here the text that bash gets."""
+    study = new_study(
+        tmp_path / "study",
+        methods=["fedit-ft"],
+        scenarios=[{**SMOKE["scenarios"][0], "clients": 50}],
+        rounds=30,
+        results="r" * 60,
+    )
+    done = study.snakemake("--dry-run", "--printshellcmds")
+    assert done.returncode == 0, done.stdout + done.stderr
+    command = (done.stdout + done.stderr).partition("fedamole gather ")[2].partition("| tee")[0]
+    assert "/round_030/" in command
+    assert len(command) < 2**16
+
+
 @pytest.mark.parametrize("execution", [{"clients_per_job": 2}, {"clients_per_job": "all"}])
 def test_jobs_of_those_who_take_part_are_counted(execution: dict[str, Any], tmp_path: Path) -> None:
     study = new_study(

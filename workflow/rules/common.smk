@@ -4,7 +4,7 @@ import itertools
 import re
 from typing import NamedTuple
 
-from fedamole import stages
+from fedamole import path_lists, stages
 from fedamole.cache import check_cache
 from fedamole.config import check_config_files, load_config
 from fedamole.errors import FedamoleError
@@ -312,6 +312,18 @@ def assignments_of_row(wildcards):
         run=row.run,
         round=[f"{round_ - 1:03d}" for round_ in rounds_of(row) if row.assigns],
     )
+
+
+def short_list(name):
+    """Params function: many inputs as words with braces, which bash expands.
+
+    It takes the inputs, so that Snakemake counts it as derived from them.
+    """
+
+    def of_job(wildcards, input):
+        return path_lists.braced(input[name])
+
+    return of_job
 
 
 def progress_of_round(wildcards, output):

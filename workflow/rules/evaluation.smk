@@ -61,6 +61,8 @@ rule gather:
     params:
         settings=method_settings,
         quorum=quorum,
+        # A file for each client and round: with all paths, bash would refuse the text as too long.
+        metrics=short_list("metrics"),
     shell:
         r"""
         fedamole gather {params.quorum} \
@@ -68,7 +70,7 @@ rule gather:
             --scenario {wildcards.scenario:q} \
             --method {wildcards.method:q} \
             --partition {input.partition:q} \
-            --metrics {input.metrics:q} \
+            --metrics-list <(printf '%s\n' {params.metrics}) \
             --assignments {input.assignments:q} \
             --out {output:q} \
             2>&1 | tee {log:q}
