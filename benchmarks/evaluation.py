@@ -25,7 +25,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from fedamole.batches import collate
-from fedamole.config import read_yaml
+from fedamole.config_files import read_yaml
 from fedamole.datasets.tokens import TokenStore
 from fedamole.distributed import process_group
 from fedamole.evaluation import choice_losses

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedamole.config import read_yaml
+from fedamole.config_files import read_yaml
 from fedamole.errors import FedamoleError
 
 DEFAULT = Path("slurm")

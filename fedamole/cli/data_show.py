@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from fedamole.cli.data import read_tokenizer
 from fedamole.cli.study import default_config, read_config
-from fedamole.config import Config, load_named, parse, read_yaml
+from fedamole.config import Config, load_named, parse
+from fedamole.config_files import read_yaml
 from fedamole.errors import FedamoleError, did_you_mean
 from fedamole.settings import (
     BackboneSettings,

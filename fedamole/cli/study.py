@@ -10,7 +10,8 @@ from statistics import fmean
 import fedamole
 from fedamole import stages
 from fedamole.artifacts import read_record
-from fedamole.config import Config, load_config, read_yaml
+from fedamole.config import Config, load_config
+from fedamole.config_files import read_yaml
 from fedamole.errors import FedamoleError
 from fedamole.planning.model_size import ModelSize, model_size
 from fedamole.planning.workload import ClientData, assumed_data, clients_by_round, works_of

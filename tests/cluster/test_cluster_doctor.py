@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from fedamole import slurm, slurm_site
-from fedamole.config import read_yaml
+from fedamole.config_files import read_yaml
 from fedamole.errors import FedamoleError
 
 pytestmark = pytest.mark.cluster

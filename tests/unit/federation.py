@@ -11,7 +11,8 @@ import torch
 from fedamole.artifacts import Header
 from fedamole.backbone import describe, prepare_backbone
 from fedamole.client import ClientResult, ClientSession, train_packed
-from fedamole.config import load_config, read_yaml
+from fedamole.config import load_config
+from fedamole.config_files import read_yaml
 from fedamole.datasets.tokens import TokenStore
 from fedamole.methods import load
 from fedamole.partition import ClientSplit

@@ -8,7 +8,8 @@ import pytest
 from scipy import optimize, stats
 
 from fedamole.accounting import LARGEST_COMPOSED, epsilon, epsilon_after
-from fedamole.config import load_config, read_yaml
+from fedamole.config import load_config
+from fedamole.config_files import read_yaml
 from fedamole.errors import FedamoleError
 from fedamole.settings import DpSgdSettings
 from fedamole.stages import RunStage, run_stage

@@ -12,7 +12,8 @@ from fedamole.artifacts import Header, write_record
 from fedamole.assignment import assign_all, random_scores, score_experts
 from fedamole.assignment_measures import measure
 from fedamole.cli import main
-from fedamole.config import load_config, read_yaml
+from fedamole.config import load_config
+from fedamole.config_files import read_yaml
 from fedamole.pool_files import write_assignment
 from fedamole.records import AssignmentRecord, PartitionRecord, RunRecord
 from fedamole.results import Run, read_run

@@ -9,7 +9,8 @@ import pytest
 
 from fedamole.assignment import assign_experts
 from fedamole.assignment_strategies import assign_evenly, assign_greedily, choose_as_clients
-from fedamole.config import load_config, read_yaml
+from fedamole.config import load_config
+from fedamole.config_files import read_yaml
 from fedamole.errors import FedamoleError
 from fedamole.methods.fedamole import (
     RUNS,

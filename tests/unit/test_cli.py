@@ -15,7 +15,8 @@ from fedamole import cli, stages
 from fedamole.cli import main
 from fedamole.cli import schema as schema_command
 from fedamole.cli import server as server_command
-from fedamole.config import load_config, read_yaml
+from fedamole.config import load_config
+from fedamole.config_files import read_yaml
 
 
 @pytest.fixture(autouse=True)

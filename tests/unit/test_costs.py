@@ -12,7 +12,8 @@ from study import Study
 
 from fedamole.artifacts import Header, read_record
 from fedamole.cli import main
-from fedamole.config import load_config, read_yaml
+from fedamole.config import load_config
+from fedamole.config_files import read_yaml
 from fedamole.costs import (
     ClientCost,
     RoundCosts,

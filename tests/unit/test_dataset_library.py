@@ -14,7 +14,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fedamole.config import load_config, parse, read_yaml
+from fedamole.config import load_config, parse
+from fedamole.config_files import read_yaml
 from fedamole.datasets.loading import Corpus, load_corpus
 from fedamole.doctor import study as doctor
 from fedamole.errors import FedamoleError

@@ -14,7 +14,8 @@ import pytest
 
 from fedamole import slurm_site
 from fedamole.cli import main
-from fedamole.config import Config, load_config, read_yaml
+from fedamole.config import Config, load_config
+from fedamole.config_files import read_yaml
 from fedamole.doctor import demands, findings, folders, host, node, profile, site, study
 from fedamole.errors import FedamoleError
 

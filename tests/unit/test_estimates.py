@@ -31,7 +31,8 @@ from fedamole.cli import main
 from fedamole.cli.calibration import _Trial
 from fedamole.cli.plan import _costs
 from fedamole.cli.study import read_benchmarks, read_study
-from fedamole.config import Config, load_config, read_yaml
+from fedamole.config import Config, load_config
+from fedamole.config_files import read_yaml
 from fedamole.hmole_peft import HMoLEConfig
 from fedamole.planning.memory import (
     ZeRO,

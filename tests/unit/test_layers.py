@@ -23,6 +23,7 @@ LAYERS = [
         "sweeps",
         "shown",
         "config",
+        "config_files",
         "stages",
         "randomness",
         "participation",

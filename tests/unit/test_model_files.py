@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from fedamole.backbone_limits import check_length
-from fedamole.config import parse, read_yaml
+from fedamole.config import parse
+from fedamole.config_files import read_yaml
 from fedamole.errors import FedamoleError
 from fedamole.planning.model_size import ModelSize, model_size
 from fedamole.settings import BackboneSettings

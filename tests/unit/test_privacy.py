@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedamole.config import load_config, parse, read_yaml
+from fedamole.config import load_config, parse
+from fedamole.config_files import read_yaml
 from fedamole.embeddings import Embedded
 from fedamole.errors import FedamoleError
 from fedamole.pools import ClientGroup, ClientState

@@ -10,7 +10,8 @@ from fedamole import stages
 from fedamole.artifacts import Header, canonical
 from fedamole.cli import main
 from fedamole.cli.prune import old_files
-from fedamole.config import Config, load_config, read_yaml
+from fedamole.config import Config, load_config
+from fedamole.config_files import read_yaml
 from fedamole.planning.volumes import Volumes, disk_of
 from fedamole.planning.workload import works_of
 from fedamole.registry import RUNS, lookup

@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from fedamole.backbone import load_backbone
 from fedamole.backbone_limits import check_loading
 from fedamole.batches import collate
-from fedamole.config import load_config, read_yaml
+from fedamole.config import load_config
+from fedamole.config_files import read_yaml
 from fedamole.errors import FedamoleError
 from fedamole.hmole_peft import HMoLEConfig, hmole_layers
 from fedamole.planning.memory import weight_bytes

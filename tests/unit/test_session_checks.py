@@ -7,7 +7,8 @@ import pytest
 from federation import CLIENTS, SIZES, made_up_tokens
 
 from fedamole.cli.session_checks import check_session
-from fedamole.config import load_config, read_yaml
+from fedamole.config import load_config
+from fedamole.config_files import read_yaml
 from fedamole.errors import ClientError, FedamoleError
 from fedamole.stages import ClientStage, client_stage
 

@@ -11,7 +11,8 @@ from pydantic import Field
 
 from fedamole import stages
 from fedamole.cli import main
-from fedamole.config import FOLDERS, Config, check_config_files, load_config, parse, read_yaml
+from fedamole.config import FOLDERS, Config, load_config, parse
+from fedamole.config_files import check_config_files, read_yaml
 from fedamole.errors import FedamoleError
 from fedamole.registry import METHODS
 from fedamole.settings import (

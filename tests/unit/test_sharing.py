@@ -8,7 +8,8 @@ import pytest
 
 from fedamole import stages
 from fedamole.artifacts import Header
-from fedamole.config import load_config, read_yaml
+from fedamole.config import load_config
+from fedamole.config_files import read_yaml
 from fedamole.errors import FedamoleError
 from fedamole.sharing import check_shared
 

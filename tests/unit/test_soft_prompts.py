@@ -23,7 +23,8 @@ from fedamole.backbone import load_backbone, load_tokenizer
 from fedamole.batches import Batch, collate
 from fedamole.cli.session_checks import prompt_length
 from fedamole.client import ClientReport
-from fedamole.config import load_config, read_yaml
+from fedamole.config import load_config
+from fedamole.config_files import read_yaml
 from fedamole.errors import FedamoleError
 from fedamole.generation import generate
 from fedamole.methods import load

@@ -10,7 +10,8 @@ import yaml
 
 from fedamole import stages
 from fedamole.cli import main
-from fedamole.config import Config, load_config, parse, read_yaml
+from fedamole.config import Config, load_config, parse
+from fedamole.config_files import read_yaml
 from fedamole.study_page import study_page, study_yaml
 
 STUDIES = ["smoke", "demo", "methods", "replica", "paper/main", "paper/privacy"]

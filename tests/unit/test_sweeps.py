@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from fedamole import stages, sweeps
-from fedamole.config import Config, load_config, read_yaml
+from fedamole.config import Config, load_config
+from fedamole.config_files import read_yaml
 from fedamole.errors import FedamoleError
 
 SLUG = "chatterbot-dir0.5"

@@ -15,7 +15,8 @@ import pytest
 from fedamole import stages
 from fedamole.accounting import epsilon
 from fedamole.artifacts import read_record
-from fedamole.config import load_config, read_yaml
+from fedamole.config import load_config
+from fedamole.config_files import read_yaml
 from fedamole.embeddings import Embedded
 from fedamole.pool_files import read_assignment, read_client_state, read_upload
 from fedamole.privacy import perturb_embedded

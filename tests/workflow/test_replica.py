@@ -9,7 +9,8 @@ import pytest
 from workflow_study import REPOSITORY
 
 from fedamole.cache import check_cache
-from fedamole.config import Config, load_config, read_yaml
+from fedamole.config import Config, load_config
+from fedamole.config_files import read_yaml
 from fedamole.errors import FedamoleError
 
 CACHE = REPOSITORY / "paper/replica"

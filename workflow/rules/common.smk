@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from fedamole import path_lists, stages
 from fedamole.cache import check_cache
-from fedamole.config import check_config_files, load_config
+from fedamole.config import load_config
+from fedamole.config_files import check_config_files
 from fedamole.errors import FedamoleError
 from fedamole.planning import workload
 from fedamole.registry import METHODS, RUNS
