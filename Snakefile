@@ -23,6 +23,8 @@ if CACHED:
 
 else:
 
+    include: "workflow/rules/shards.smk"
+    include: "workflow/rules/inputs.smk"
     include: "workflow/rules/cluster.smk"
     include: "workflow/rules/data.smk"
     include: "workflow/rules/rounds.smk"
@@ -43,6 +45,7 @@ else:
         write_manifest,
 
 
+include: "workflow/rules/report.smk"
 include: "workflow/rules/tables.smk"
 
 
