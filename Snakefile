@@ -78,7 +78,8 @@ rule paper:
 
 
 rule tables:
-    """Tables and figures, without the manifest."""
+    """Tables, figures and settings, without the manifest: all that cached mode can make."""
     input:
         TABLES,
         FIGURES,
+        STUDY,

@@ -48,7 +48,7 @@ def test_a_clone_with_scrambled_times_draws_the_same_bytes(finished: Study, tmp_
         os.utime(path, (age, age))
     planned = study.snakemake("tables", *CACHED, "--dry-run").stdout
     rules = set(re.findall(r"^(?:local)?rule (\w+):$", planned, re.MULTILINE))
-    assert rules == {"tables", "draw_tables", "draw_figures"}
+    assert rules == {"tables", "describe_study", "draw_tables", "draw_figures"}
     done = study.snakemake("tables", *CACHED, PATH=without_libraries(tmp_path))
     assert done.returncode == 0, done.stderr
     assert study.contents(*SHOWN) == finished.contents(*SHOWN)
