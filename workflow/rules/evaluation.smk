@@ -65,12 +65,12 @@ rule gather:
         metrics=short_list("metrics"),
     shell:
         r"""
-        fedamole gather {params.quorum} \
+        printf '%s\n' {params.metrics} | fedamole gather {params.quorum} \
             --settings {params.settings:q} \
             --scenario {wildcards.scenario:q} \
             --method {wildcards.method:q} \
             --partition {input.partition:q} \
-            --metrics-list <(printf '%s\n' {params.metrics}) \
+            --metrics-list /dev/stdin \
             --assignments {input.assignments:q} \
             --out {output:q} \
             2>&1 | tee {log:q}
