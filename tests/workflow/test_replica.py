@@ -43,6 +43,14 @@ def test_any_file_that_is_gone_is_named(replica: Config, tmp_path: Path) -> None
     assert len(check_cache(folder, replica).metrics) == len(files) - 1
 
 
+def test_the_study_of_the_learning_rate_is_whole_too() -> None:
+    path = REPOSITORY / "configs/replica-learning-rate.yaml"
+    config = load_config(read_yaml(path), REPOSITORY / "configs", str(path), [path.parent])
+    found = check_cache(REPOSITORY / str(config.cache), config)
+    assert len(found.metrics) == len(config.points) * len(config.methods)
+    assert config.training.learning_rate == 5e-4
+
+
 @pytest.mark.xdist_group("workflow")
 def test_the_tables_are_drawn_without_training(replica: Config, tmp_path: Path) -> None:
     command = ["snakemake", "tables", "--configfile", str(REPOSITORY / "configs/replica.yaml")]
