@@ -191,10 +191,11 @@ def read_study_costs(paths: Iterable[Path], settings: ResultsStage) -> StudyCost
     """
     found: dict[tuple[str, str], RunCosts] = {}
     for path in paths:
-        costs = read_costs(path)
+        header, content = read_record(path, KIND)
+        costs = parse(RunCosts, content, str(path))
         key = (costs.scenario, costs.method)
-        # Once more for the digest, which depends on what the file says it is about.
-        read_costs(path, settings.digests.get(key[0], {}).get(key[1]))
+        # The digest that it needs depends on what the file says it is about.
+        header.check(path, KIND, settings.digests.get(key[0], {}).get(key[1]))
         if key in found:
             raise FedamoleError(f"{path}: is a second file of costs of {key[1]} on {key[0]}")
         found[key] = costs
