@@ -310,7 +310,7 @@ class Config(Section):
     ) -> "Config":
         """A copy, with other settings; it works out its points anew."""
         copied = super().model_copy(update=update, deep=deep)
-        for name in ("points", "_slugs"):
+        for name in ("points", "_slugs", "_populations"):
             copied.__dict__.pop(name, None)
         return copied
 
@@ -386,6 +386,11 @@ class Config(Section):
 
     def data_seeds(self) -> dict[str, tuple[ScenarioSettings, int]]:
         """Map the slug of every (population, seed) to both: what is split and tokenised, once."""
+        return self._populations
+
+    @functools.cached_property
+    def _populations(self) -> dict[str, tuple[ScenarioSettings, int]]:
+        """See :meth:`data_seeds`; every stage of every run looks its population up."""
         return {
             point.data.seeded_slug(seed): (point.data, seed) for point, seed in self._slugs.values()
         }
